@@ -1,0 +1,143 @@
+"""Selections: the videos that a run or bench uses, sorted by key, with a digest that names them exactly.
+
+selection = select(store, where=["split=train"], subset=1000, seed=0)
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from avstore.errors import NotFoundError, UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from avstore.store import Store
+
+HELD_OUT = frozenset({"test", "testing", "val", "validation", "eval"})  # splits never pre-trained on by default
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Video numbers sorted by key, int64 (n,); `digest` covers numbers and keys; `description` says how it was made."""
+
+    numbers: np.ndarray
+    digest: str
+    description: str
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def rows(self, numbers: Iterable[int]) -> np.ndarray:
+        """The row of each video number in this selection, int64; NotFoundError for one that is not in it."""
+        where = {int(n): i for i, n in enumerate(self.numbers)}
+        try:
+            return np.array([where[int(n)] for n in numbers], np.int64)
+        except KeyError as e:
+            raise NotFoundError(f"video {e.args[0]} is not in this selection", self.description) from e
+
+
+def parse_where(store: Store, conditions: Sequence[str]) -> list[tuple[str, bool, set[str]]]:
+    """(column, wanted?, values) of conditions `column=value[,value]` and `column!=value[,value]`."""
+    out = []
+    for text in conditions:
+        column, operator, values = text.partition("!=") if "!=" in text else text.partition("=")
+        column = column.strip()
+        if not operator or not column:
+            raise UsageError(
+                f"condition {text!r} is not column=value",
+                "a column, = or !=, then values separated by commas",
+                "e.g. --where split=train",
+            )
+        store.column(column)  # NotFoundError with a close match
+        out.append((column, operator == "=", {v.strip() for v in values.split(",")}))
+    return out
+
+
+def read_list(path: str | Path) -> list[str]:
+    """Keys of a text file, one a line; blank lines and `#` comments aside; equal lines once."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError as e:
+        raise NotFoundError(f"list {path} cannot be read", e.strerror or str(e)) from e
+    return list(dict.fromkeys(line.strip() for line in lines if line.strip() and not line.startswith("#")))
+
+
+def select(
+    store: Store,
+    *,
+    where: Sequence[str] = (),
+    list: str | Path | Sequence[str] | None = None,
+    subset: int | None = None,
+    seed: int = 0,
+    held_out: bool = True,
+    need_sound: bool = False,
+    need_picture: bool = False,
+) -> Selection:
+    """The ok videos of `store` that meet all conditions.
+
+    `where`: conditions on columns. `list`: a file of keys (a key without its suffix, or its last part, also finds its
+    video when that is unique). `subset`: a seeded draw of n. `held_out=False` drops rows whose split is test, testing,
+    val, validation or eval. UsageError when nothing is left.
+    """
+    numbers = store.numbers  # ok, current
+    said = []
+    for column, wanted, values in parse_where(store, where):
+        column_values = np.array([str(v) if v is not None else "" for v in store.column(column, numbers)])
+        numbers = numbers[np.isin(column_values, sorted(values)) == wanted]
+        said.append(f"{column}{'=' if wanted else '!='}{','.join(sorted(values))}")
+    if list is not None:
+        names = read_list(list) if isinstance(list, str | Path) else [str(n) for n in list]
+        found = store.find(names)
+        numbers = numbers[np.isin(numbers, found)]
+        said.append(f"list {Path(list).name if isinstance(list, str | Path) else 'of keys'}")
+    if not held_out and "split" in store.columns:
+        splits = store.column("split", numbers)
+        keep = np.array([str(s).lower() not in HELD_OUT for s in splits], bool)
+        if len(keep) and not keep.all():
+            said.append(f"without {int((~keep).sum())} held-out videos (split test/val)")
+        numbers = numbers[keep]
+    for need, name, mask in ((need_sound, "sound", store.has_sound), (need_picture, "picture", store.has_picture)):
+        if need:
+            keep = mask[numbers]
+            if not keep.all():
+                said.append(f"without {int((~keep).sum())} videos that have no {name}")
+            numbers = numbers[keep]
+    keys = [store.key(int(n)) for n in numbers]
+    numbers = numbers[np.argsort(np.array(keys, dtype=object), kind="stable")] if len(numbers) else numbers
+    if subset is not None:
+        if not 0 < subset <= len(numbers):
+            raise UsageError(
+                f"a subset of {subset} of {len(numbers)} videos",
+                "it must be between 1 and the number of videos",
+                "--subset N --seed S",
+            )
+        order = sorted(
+            range(len(numbers)),
+            key=lambda i: hashlib.sha256(
+                f"{seed}:{store.key(int(numbers[i]))}".encode("utf-8", "surrogateescape")
+            ).digest(),
+        )
+        numbers = numbers[np.sort(np.array(order[:subset]))]
+        said.append(f"subset {subset} seed {seed}")
+    if not len(numbers):
+        splits = sorted({str(s) for s in store.column("split")}) if "split" in store.columns else []
+        raise UsageError(
+            "no videos are left in this selection",
+            "; ".join(said) or "the store has no ok videos",
+            f"splits here: {', '.join(splits)}" if splits else "avstore ls STORE shows what there is",
+        )
+    digest = hashlib.sha256()
+    for n in numbers.tolist():
+        digest.update(f"{n}:{store.key(n)}\n".encode("utf-8", "surrogateescape"))
+    return Selection(numbers, digest.hexdigest()[:16], "; ".join(said) or "all videos")
+
+
+def close_column(column: str, columns: Iterable[str]) -> NotFoundError:
+    return NotFoundError(
+        f"this store has no column {column!r}", did_you_mean(column, columns), "avstore info STORE lists the columns"
+    )
