@@ -131,7 +131,7 @@ class JpegCodec(ArrayBytesCodec):
     def _decode(self, chunk_bytes: Buffer, chunk_spec: ArraySpec) -> NDBuffer:
         shape = tuple(chunk_spec.shape)
         out = np.empty(shape, np.uint8)
-        decode_jpeg_into(chunk_bytes.to_bytes(), out.reshape(shape[-3:]))
+        decode_jpeg_into(chunk_bytes.to_bytes(), out.reshape(shape[-3], shape[-2], shape[-1]))
         return chunk_spec.prototype.nd_buffer.from_ndarray_like(out)
 
     def _encode(self, chunk_array: NDBuffer, chunk_spec: ArraySpec) -> Buffer:

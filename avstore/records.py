@@ -7,6 +7,7 @@ per field, not one object per video, so that 240,000 videos parse in half a seco
 
 from __future__ import annotations
 
+import builtins
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -90,7 +91,7 @@ class Plan:
     def __len__(self) -> int:
         return len(self.key)
 
-    def to_bytes(self) -> bytes:
+    def to_bytes(self) -> builtins.bytes:
         value = {k: v for k, v in self.__dict__.items() if k != "tasks"}
         value["tasks"] = [[t.number, t.shard, t.shards, t.first, t.count] for t in self.tasks]
         return canonical_json({"format": FORMAT, **value})
@@ -105,7 +106,7 @@ class Plan:
             tasks = [Task(*t) for t in value.pop("tasks")]
             plan = cls(tasks=tasks, **value)
             n = len(plan.key)
-            lists = [
+            lists: list[list[Any]] = [
                 plan.path,
                 plan.start,
                 plan.end,

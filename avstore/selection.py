@@ -16,7 +16,7 @@ import numpy as np
 from avstore.errors import NotFoundError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
-    from avstore.store import Store
+    from avstore.catalogue import Catalogue
 
 HELD_OUT = frozenset({"test", "testing", "val", "validation", "eval"})  # splits never pre-trained on by default
 
@@ -41,7 +41,7 @@ class Selection:
             raise NotFoundError(f"video {e.args[0]} is not in this selection", self.description) from e
 
 
-def parse_where(store: Store, conditions: Sequence[str]) -> list[tuple[str, bool, set[str]]]:
+def parse_where(store: Catalogue, conditions: Sequence[str]) -> list[tuple[str, bool, set[str]]]:
     """(column, wanted?, values) of conditions `column=value[,value]` and `column!=value[,value]`."""
     out = []
     for text in conditions:
@@ -68,7 +68,7 @@ def read_list(path: str | Path) -> list[str]:
 
 
 def select(
-    store: Store,
+    store: Catalogue,
     *,
     where: Sequence[str] = (),
     list: str | Path | Sequence[str] | None = None,

@@ -12,7 +12,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import google_crc32c
 import numpy as np
@@ -31,7 +31,7 @@ class ShardWriter:
         self.path, self.tmp = path, temporary(path)
         self.index = np.full((chunks, 2), MISSING, dtype="<u8")
         self.offset, self.last = 0, -1
-        self.file = None
+        self.file: BinaryIO | None = None
 
     def append(self, chunk: int, payload: bytes | memoryview) -> None:
         """Writes the payload (its checksum included) of inner chunk `chunk`."""
