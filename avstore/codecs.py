@@ -98,7 +98,7 @@ def decode_source(data: bytes, rows: int, where: str) -> np.ndarray:
 class JpegCodec(ArrayBytesCodec):
     """Zarr v3 codec `imagecodecs_jpeg`: chunks (1, H, W, 3) or (H, W, 3), uint8 RGB, one JPEG each."""
 
-    is_fixed_size: ClassVar[bool] = False
+    is_fixed_size = False
     level: int = 90
     subsampling: str = "420"
 
@@ -132,7 +132,7 @@ class JpegCodec(ArrayBytesCodec):
         shape = tuple(chunk_spec.shape)
         out = np.empty(shape, np.uint8)
         decode_jpeg_into(chunk_bytes.to_bytes(), out.reshape(shape[-3], shape[-2], shape[-1]))
-        return chunk_spec.prototype.nd_buffer.from_ndarray_like(out)
+        return chunk_spec.prototype.nd_buffer.from_ndarray_like(out)  # type: ignore[arg-type]  # its protocol lists one reshape overload
 
     def _encode(self, chunk_array: NDBuffer, chunk_spec: ArraySpec) -> Buffer:
         import simplejpeg
