@@ -1,0 +1,50 @@
+"""What every test may ask for: the real media beside the repository, and a few generated clips.
+
+Tests that ran on the real media are counted at the end, so that a run without them does not look like one with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+ON_REAL_MEDIA = pytest.StashKey[set[str]]()
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real media and annotations (its README lists the sets); skips where it is absent."""
+    if not (SHARED / "MANIFEST.tsv").is_file():
+        pytest.skip(f"no real media: {SHARED} is not there")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def tiny_media(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A demo set of 16 training and 8 test clips of 2 s, two and one of each class. Read only: copy it to change it."""
+    from benchmarks import demo_set
+
+    folder = tmp_path_factory.mktemp("tiny") / "media"
+    demo_set.generate(folder, train=16, test=8, seconds=2, workers=1)
+    return folder
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[ON_REAL_MEDIA] = set()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    report = yield
+    if report.when == "call" and not report.skipped and "shared" in getattr(item, "fixturenames", ()):
+        item.config.stash[ON_REAL_MEDIA].add(item.nodeid)
+    return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    count = len(config.stash[ON_REAL_MEDIA])
+    there = "" if (SHARED / "MANIFEST.tsv").is_file() else " (the media folder is not there)"
+    terminalreporter.write_line(f"{count} test{'s' if count != 1 else ''} ran on real media{there}")
