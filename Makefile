@@ -1,0 +1,64 @@
+# make demo       from a fresh clone to search by sight and sound, in one command (under ten minutes on two cores)
+# make test       the fast tests, with ruff and mypy among them
+# make test-slow  the tests that take minutes
+# PYTHON=python3.12 make ...   to choose the interpreter (3.11 to 3.13)
+
+PYTHON ?= $(firstword $(foreach p,python3 python3.11 python3.12 python3.13 python,$(shell $(p) -c 'import sys; (3, 11) <= sys.version_info < (3, 14) and print("$(p)")' 2>/dev/null)))
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
+AVSTORE := $(BIN)/avstore
+
+.PHONY: demo install test test-slow lint clean
+.DELETE_ON_ERROR:
+
+# ---- installation: once, until what is installed changes
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "no Python 3.11, 3.12 or 3.13 found; type: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and exactly, so that nothing else chooses another build of it
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) "$$(grep '^torch==' constraints.txt)"
+	$(PIP) -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) -e '.[dev]'
+	@touch $@
+
+install: $(VENV)/.installed
+
+# ---- the demo: every command is shown before it runs; all of them go on where they stopped when repeated
+
+DEMO  := demo
+STORE := $(DEMO)/demo.zarr
+RUN   := $(DEMO)/runs/avid-cma
+CLIP  := $(DEMO)/media/test/bounce-drum/0000.mp4
+
+demo: $(VENV)/.installed
+	$(AVSTORE) demo $(DEMO)/media
+	$(AVSTORE) ingest $(DEMO)/media $(STORE)
+	$(AVSTORE) train avid-cma --store $(STORE) --preset tiny --run $(RUN)
+	$(AVSTORE) embed $(RUN) $(STORE)
+	$(AVSTORE) bench retrieval --store $(STORE) --run $(RUN)
+	$(AVSTORE) query --store $(STORE) --video $(CLIP) -k 5
+	$(AVSTORE) query --store $(STORE) --audio $(CLIP) -k 5
+	$(AVSTORE) query --store $(STORE) --audio $(CLIP) --to video -k 5
+
+# ---- tests
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -q
+
+test-slow: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -q -m "slow and not gpu" --timeout 1800
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/mypy avstore cli trainers benchmarks
+
+clean:
+	rm -rf $(DEMO) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find avstore cli trainers benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +
