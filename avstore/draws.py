@@ -67,10 +67,11 @@ def bits(seed: int, stream: str, epoch: Ints, video: Ints, draw: Ints, n: int = 
         raise UsageError(f"no stream of random numbers is called {stream!r}", did_you_mean(stream, STREAMS))
     if n < 0:
         raise UsageError(f"cannot draw {n} numbers", "n must be 0 or more")
-    h = mix(np.array([int(seed) & 0xFFFFFFFFFFFFFFFF], np.uint64))
+    h: NDArray[np.uint64] = mix(np.array([int(seed) & 0xFFFFFFFFFFFFFFFF], np.uint64))
     h = mix(h + np.uint64(STREAMS[stream]))
     for name, value in (("epoch", epoch), ("video", video), ("draw", draw)):
-        h = mix(np.add(h, _index(name, value)[..., None], dtype=np.uint64))
+        index = _index(name, value)[..., None]
+        h = mix(np.asarray(h + index, np.uint64))
     return mix(h + np.arange(n, dtype=np.uint64))
 
 

@@ -209,7 +209,7 @@ def spectrogram(waveform: Tensor | np.ndarray, front_end: str | FrontEnd, sample
     waveform: (B, samples) or (samples,), torch or NumPy, int16, or floating in [-1, 1), at `sample_rate` Hz.
     Returns float32 (B, rows, bins), or (rows, bins), with rows = front_end.rows(samples, sample_rate): not normalised,
     clip floor applied. Windows of n_fft / 2 samples or fewer are first extended with zeros, as a reflection needs
-    more; a window without samples has no rows. Raises UsageError for another dtype or shape, or a rate below the recipe's.
+    more; without samples there are no rows. UsageError for another dtype or shape, or a rate below the recipe's.
     """
     import torch
 
