@@ -139,16 +139,16 @@ class LocalReader:
         """
         with self.descriptor(key) as (fd, size):
             tail = size - 4 - INDEX_ROW * chunks
-            table = np.frombuffer(os.pread(fd, INDEX_ROW * n, max(0, tail) + INDEX_ROW * first), "<u8")
-        if tail < 0 or table.size != 2 * n:
+            data = os.pread(fd, INDEX_ROW * n, tail + INDEX_ROW * first) if tail >= 0 else b""
+        if len(data) != INDEX_ROW * n:
             raise CorruptError(
                 f"shard {key} is cut short",
                 f"{size} bytes cannot hold an index of {chunks} chunks",
                 "avstore verify STORE --repair",
             )
-        table = table.reshape(n, 2)
-        there = table[:, 0] != MISSING
-        if (table[there, 0] + table[there, 1] > tail).any() or (table[there, 1] > tail).any():
+        table = np.frombuffer(data, "<u8").reshape(n, 2)
+        offset, length = table[table[:, 0] != MISSING].T
+        if (offset > tail).any() or (length > np.uint64(tail) - offset).any():  # no sum: it could wrap around
             raise CorruptError(
                 f"the index of shard {key} is damaged",
                 "an entry points outside the file",
