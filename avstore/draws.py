@@ -72,7 +72,7 @@ def bits(seed: int, stream: str, epoch: Ints, video: Ints, draw: Ints, n: int = 
     for name, value in (("epoch", epoch), ("video", video), ("draw", draw)):
         index = _index(name, value)[..., None]
         h = mix(np.asarray(h + index, np.uint64))
-    return mix(h + np.arange(n, dtype=np.uint64))
+    return mix(np.asarray(h + np.arange(n, dtype=np.uint64), np.uint64))
 
 
 def uniform(seed: int, stream: str, epoch: Ints, video: Ints, draw: Ints, n: int = 1) -> NDArray[np.float64]:

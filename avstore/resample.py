@@ -24,7 +24,9 @@ _GROUP = 128  # outputs, about, that one row of the product yields: twice the ar
 
 
 def resampled_length(samples: int, source: int, target: int) -> int:
-    """Samples after resampling from `source` to `target` Hz: ceil(samples * target / source)."""
+    """Samples after resampling from `source` to `target` Hz: ceil(samples * target / source). Rates are >= 1."""
+    if source < 1 or target < 1:
+        raise UsageError(f"cannot resample {source} Hz to {target} Hz", "rates are at least 1 Hz")
     return -(-samples * target // source)
 
 
@@ -37,9 +39,8 @@ def resample(waveform: Tensor, source: int, target: int) -> Tensor:
 
 
 def resample_span(waveform: Tensor, source: int, target: int, start: int, stop: int) -> Tensor:
-    """Output samples start .. stop-1 of `resample(waveform)`, reading only the neighbourhood that they depend on."""
-    if source < 1 or target < 1:
-        raise UsageError(f"cannot resample {source} Hz to {target} Hz", "rates are at least 1 Hz")
+    """Output samples start .. stop-1 (0 <= start) of `resample(waveform)`, from the neighbourhood they depend on."""
+    stop = min(stop, resampled_length(waveform.shape[-1], source, target))
     if source == target:
         return waveform[..., start:stop].to(torch.float32)
     down = source // math.gcd(source, target)

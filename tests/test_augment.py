@@ -1,0 +1,274 @@
+"""avstore.augment: one draw per clip, nothing from outside the box, the same result in any batch."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from avstore import augment
+from avstore.augment import IMAGENET_MEAN, IMAGENET_STD, VideoAugment, centre_crop, resize
+from avstore.errors import UsageError
+
+PLAIN = VideoAugment(
+    32, flip=0, brightness=0, contrast=0, saturation=0, hue=0, mean=(0.0, 0.0, 0.0), std=(1 / 255, 1 / 255, 1 / 255)
+)
+FULL = VideoAugment(32, grey=0.2, blur=0.5, cutout=8)
+
+
+def pictures(batch, time=3, height=64, width=80, seed=0):
+    """Smooth random pictures, so that interpolation is not all there is."""
+    rng = np.random.default_rng(seed)
+    coarse = torch.from_numpy(rng.integers(0, 256, (batch * time, 3, 8, 10)).astype(np.float32))
+    fine = torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic").clamp(0, 255).to(torch.uint8)
+    return fine.reshape(batch, time, 3, height, width).permute(0, 1, 3, 4, 2).contiguous()
+
+
+def boxes_of(frames, box=None):
+    return np.tile(box or [0, 0, *frames.shape[2:4]], (len(frames), 1))
+
+
+def run(config, frames, boxes=None, videos=None, **kw):
+    u = config.draw(3, 1, np.arange(len(frames)) if videos is None else videos, 0)
+    return config(frames, boxes_of(frames) if boxes is None else boxes, u, **kw)
+
+
+def test_shape_dtype_and_normalisation():
+    frames = torch.full((2, 4, 64, 80, 3), 255, dtype=torch.uint8)
+    out = run(dataclasses.replace(FULL, brightness=0, contrast=0, cutout=0), frames)
+    assert out.shape == (2, 3, 4, 32, 32) and out.dtype == torch.float32
+    for channel in range(3):
+        expected = (1 - IMAGENET_MEAN[channel]) / IMAGENET_STD[channel]
+        assert torch.allclose(out[:, channel], torch.tensor(expected), atol=1e-3)
+    assert run(FULL, frames, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_a_static_clip_stays_static():
+    frames = pictures(12, 1).expand(12, 5, 64, 80, 3).contiguous()
+    out = run(FULL, frames)
+    assert torch.equal(out, out[:, :, :1].expand_as(out))
+    assert len({out[i].numpy().tobytes() for i in range(12)}) == 12
+
+
+def test_results_do_not_depend_on_the_batch():
+    frames = pictures(9)
+    together = run(FULL, frames)
+    for i in (0, 4, 8):
+        assert torch.equal(run(FULL, frames[i : i + 1], videos=np.array([i]))[0], together[i])
+    order = np.array([5, 2, 7, 0])
+    assert torch.equal(run(FULL, frames[order], videos=order), together[order])
+
+
+def test_colours_by_groups_equal_clip_by_clip():
+    # an accelerator takes many clips at once: the same numbers must come out of the grouped path
+    clips = torch.rand(8, 3, 2, 16, 16)
+    u = FULL.draw(0, 0, np.arange(8), 0)[:, 22:]
+    config = dataclasses.replace(FULL, size=16)
+    grouped = config._blur(config._colours(clips.clone(), u), u)
+    alone = [config._blur(config._colours(clips[i : i + 1].clone(), u[i : i + 1]), u[i : i + 1]) for i in range(8)]
+    assert torch.allclose(grouped, torch.cat(alone), atol=1e-5)
+    assert (u[:, 7] < config.blur).any() and (u[:, 6] < config.grey).any()
+
+
+def test_nothing_from_outside_the_box_shows():
+    frames = torch.full((200, 1, 64, 80, 3), 255, dtype=torch.uint8)  # poison
+    box = [6, 10, 50, 60]
+    frames[:, :, 6:56, 10:70] = 40
+    boxes = boxes_of(frames, box)
+    u = PLAIN.draw(0, 0, np.arange(200), 0)
+    crops = PLAIN.crops(boxes, u)
+    assert (crops[:, 0] >= 6).all() and (crops[:, 1] >= 10).all()
+    assert (crops[:, 0] + crops[:, 2] <= 56).all() and (crops[:, 1] + crops[:, 3] <= 70).all()
+    assert torch.allclose(PLAIN(frames, boxes, u), torch.tensor(40.0), atol=1e-3)
+    products = augment._resize_by_products(frames, crops, 32, np.zeros(200, bool))
+    assert (products == 40).all()
+    assert torch.allclose(
+        centre_crop(frames, boxes, 32, mean=(0, 0, 0), std=(1 / 255,) * 3), torch.tensor(40.0), atol=1e-3
+    )
+
+
+def test_crops_have_the_areas_and_ratios_asked_for():
+    boxes = np.tile([0, 0, 256, 352], (4000, 1))
+    crops = FULL.crops(boxes, FULL.draw(0, 0, np.arange(4000), 0))
+    share = crops[:, 2] * crops[:, 3] / (256 * 352)
+    ratio = crops[:, 3] / crops[:, 2]
+    assert 0.075 < share.min() < 0.1 and 0.9 < share.max() <= 1.0
+    assert 0.73 < ratio.min() < 0.77 and 1.3 < ratio.max() < 1.36
+    assert (
+        abs(np.median(np.log(ratio[share < 0.5]))) < 0.03
+    )  # large tall crops do not fit a wide box, and are drawn anew
+    free = crops[:, 0] / np.maximum(256 - crops[:, 2], 1)
+    assert abs(free.mean() - 0.5) < 0.03 and free.min() < 0.02 and free.max() > 0.98
+
+
+def test_an_impossible_crop_falls_back_to_the_centre():
+    strip = np.array([[0, 3, 8, 70]])  # no crop of ratio 4 / 3 covers most of this strip
+    config = VideoAugment(32, area=(0.9, 1.0))
+    assert config.crops(strip, config.draw(0, 0, np.arange(1), 0)).tolist() == [[0, 3 + (70 - 11) // 2, 8, 11]]
+    dot = np.array([[5, 5, 1, 1]])
+    assert config.crops(dot, config.draw(0, 0, np.arange(1), 0)).tolist() == [[5, 5, 1, 1]]
+
+
+def test_flip_mirrors():
+    frames = pictures(40)
+    plain, mirrored = run(PLAIN, frames), run(dataclasses.replace(PLAIN, flip=1.0), frames)
+    assert torch.equal(mirrored, plain.flip(-1))
+    half = run(dataclasses.replace(PLAIN, flip=0.5), frames)
+    flipped = sum(torch.equal(half[i], mirrored[i]) for i in range(40))
+    assert 8 < flipped < 32 and all(
+        torch.equal(half[i], plain[i]) or torch.equal(half[i], mirrored[i]) for i in range(40)
+    )
+
+
+@pytest.mark.parametrize("size", [16, 32, 50, 90])
+def test_both_ways_to_resize_agree_to_a_grey_level(size):
+    frames = pictures(6)
+    crops = np.array(
+        [[0, 0, 64, 80], [3, 5, 20, 70], [10, 10, 5, 5], [63, 79, 1, 1], [0, 40, 64, 40], [8, 8, size % 40 + 1, 9]]
+    )
+    flips = np.array([False, True, False, True, True, False])
+    fast, products = resize(frames, crops, size, flips), augment._resize_by_products(frames, crops, size, flips)
+    assert (fast.int() - products.int()).abs().max() <= 1
+    assert (fast != products).float().mean() < 0.2
+
+
+def test_resizing_against_pillow_by_hand():
+    # 4 -> 2 pixels: support 2, weights of the triangle at distances 1.5 .5 .5 (1.5 cut off): 1/4, 3/4, 3/4, 1/4 of 2
+    row = (
+        torch.tensor([0, 80, 160, 240], dtype=torch.uint8)[None, None, None, :, None].expand(1, 1, 4, 4, 3).contiguous()
+    )
+    out = resize(row, np.array([[0, 0, 4, 4]]), 2)[0, 0, 0, 0].tolist()
+    left = (0 * 0.75 + 80 * 0.75 + 160 * 0.25) / 1.75
+    assert out == [round(left), round(240 - left)]
+
+
+def test_centre_crop_is_exact_where_it_can_be():
+    frames = pictures(2, 2, 128, 176)
+    boxes = np.array([[0, 0, 128, 176], [0, 2, 128, 170]])  # 16:9 cut, and UCF101's 320x240
+    out = centre_crop(frames, boxes, 112, mean=(0, 0, 0), std=(1 / 255,) * 3)
+    for clip, x in ((0, 32), (1, 31)):
+        expected = frames[clip, :, 8:120, x : x + 112].permute(3, 0, 1, 2).float()
+        assert torch.allclose(out[clip], expected, atol=1e-3)
+    assert centre_crop(frames, boxes, 56).shape == (2, 3, 2, 56, 56)
+    # a 256-high picture gives the centre 224 of it
+    big = pictures(1, 1, 256, 352)
+    exact = centre_crop(big, boxes_of(big), 224, mean=(0, 0, 0), std=(1 / 255,) * 3)
+    assert torch.allclose(exact[0], big[0, :, 16:240, 64:288].permute(3, 0, 1, 2).float(), atol=1e-3)
+
+
+# Colour against other arithmetic
+
+
+def test_colour_operations_by_hand():
+    pixel = torch.tensor([0.2, 0.4, 0.9])[None, :, None, None, None].expand(1, 3, 1, 2, 2).clone()
+    grey = 0.2989 * 0.2 + 0.587 * 0.4 + 0.114 * 0.9
+    factor = torch.tensor([1.4])
+    by_hand = {
+        augment._brightness: [0.28, 0.56, 1.0],
+        augment._saturation: [max(0, 1.4 * v - 0.4 * grey) if 1.4 * v - 0.4 * grey < 1 else 1 for v in (0.2, 0.4, 0.9)],
+    }
+    by_hand[augment._contrast] = by_hand[augment._saturation]  # the mean of equal pixels is each one's grey
+    for operation, expected in by_hand.items():
+        assert torch.allclose(operation(pixel.clone(), factor)[0, :, 0, 0, 0], torch.tensor(expected), atol=1e-5)
+
+
+@pytest.mark.parametrize("turn", [-0.5, -0.2, 0.0, 0.07, 1 / 3, 0.5])
+def test_hue_against_colorsys(turn):
+    import colorsys
+
+    rng = np.random.default_rng(0)
+    colours = np.concatenate([rng.random((80, 3)), [[0, 0, 0], [1, 1, 1], [0.5, 0.5, 0.5], [1, 0, 0], [0.3, 0.3, 0.8]]])
+    expected = []
+    for red, green, blue in colours:
+        h, s, v = colorsys.rgb_to_hsv(red, green, blue)
+        expected.append(colorsys.hsv_to_rgb((h + turn) % 1, s, v))
+    clips = torch.from_numpy(colours.astype(np.float32)).T.reshape(1, 3, 1, 1, -1)
+    got = augment._hue(clips, torch.tensor([turn], dtype=torch.float32))[0, :, 0, 0].T.numpy()
+    assert np.abs(got - np.array(expected)).max() < 1e-5
+
+
+def test_jitter_draws_its_ranges_and_orders():
+    frames = torch.full((300, 1, 16, 16, 3), 100, dtype=torch.uint8)
+    config = dataclasses.replace(PLAIN, size=4, brightness=0.4)
+    levels = run(config, frames)[:, 0, 0, 0, 0]
+    assert levels.min() < 64 and levels.max() > 136 and levels.min() >= 59.9 and levels.max() <= 140.1
+    one = pictures(1).expand(300, 3, 64, 80, 3).contiguous()
+    crop_free = dataclasses.replace(VideoAugment(32), area=(1.0, 1.0), flip=0.0)
+    assert len({t.numpy().tobytes() for t in run(crop_free, one)}) == 300
+
+
+def test_grey_blur_and_cutout():
+    frames = pictures(30)
+    base = dataclasses.replace(PLAIN)
+    plain = run(base, frames)
+    grey = run(dataclasses.replace(base, grey=1.0), frames)
+    assert torch.equal(grey[:, 0], grey[:, 1]) and torch.equal(grey[:, 0], grey[:, 2])
+    blurred = run(dataclasses.replace(base, blur=1.0), frames)
+    assert (blurred - plain).abs().max() > 1
+    rough, smooth = plain.diff(dim=-1).abs().mean((1, 2, 3, 4)), blurred.diff(dim=-1).abs().mean((1, 2, 3, 4))
+    assert (smooth <= rough).all() and smooth.mean() < rough.mean()
+    flat = run(dataclasses.replace(base, blur=1.0), torch.full_like(frames, 90))
+    assert torch.allclose(flat, torch.tensor(90.0), atol=1e-3)  # weights sum to one, at the edges too
+    cut = run(dataclasses.replace(base, cutout=8), frames)
+    holes = (cut == 0).all(1).all(1) & (plain != 0).any(1).any(1)
+    assert ((cut == 0).all(1).all(1).flatten(1).sum(1) >= 64).all() and holes.any()
+    assert ((cut != plain).any(1).any(1).flatten(1).sum(1) <= 64).all()
+    assert len({tuple(hole.nonzero()[0].tolist()) for hole in holes}) > 10
+
+
+def test_a_new_setting_leaves_the_other_draws_alone():
+    frames = pictures(10)
+    assert torch.equal(
+        run(dataclasses.replace(FULL, grey=0.0, blur=0.0, cutout=0), frames), run(VideoAugment(32), frames)
+    )
+
+
+def test_sound_gain():
+    gains = augment.sound_gain(np.array([0.0, 0.5, 1 - 2**-53]), 0.1)
+    assert gains.dtype == np.float32 and np.allclose(gains, [0.9, 1.0, 1.1])
+    with pytest.raises(UsageError):
+        augment.sound_gain(gains, 2)
+
+
+def test_misuse_is_refused():
+    frames = pictures(2)
+    with pytest.raises(UsageError, match="outside its frame"):
+        run(FULL, frames, np.array([[0, 0, 64, 81], [0, 0, 64, 80]]))
+    with pytest.raises(UsageError, match="1 boxes for 2 clips"):
+        centre_crop(frames, [[0, 0, 64, 80]], 32)
+    with pytest.raises(UsageError, match="uint8"):
+        run(FULL, frames.float())
+    with pytest.raises(UsageError, match="uniform numbers"):
+        FULL(frames, boxes_of(frames), np.zeros((2, 3)))
+    for wrong in (
+        {"size": 0},
+        {"area": (0.0, 1.0)},
+        {"ratio": (2.0, 1.0)},
+        {"hue": 0.6},
+        {"flip": 1.5},
+        {"cutout": 200},
+    ):
+        with pytest.raises(UsageError):
+            VideoAugment(**wrong)
+
+
+def test_empty_batch():
+    frames = torch.zeros((0, 4, 64, 80, 3), dtype=torch.uint8)
+    assert run(FULL, frames).shape == (0, 3, 4, 32, 32)
+    assert centre_crop(frames, np.zeros((0, 4), int), 32).shape == (0, 3, 4, 32, 32)
+
+
+@pytest.mark.gpu
+def test_cuda_agrees_with_the_cpu():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    frames = pictures(40)
+    for config in (PLAIN, VideoAugment(32)):
+        difference = (run(config, frames.cuda()).cpu() - run(config, frames)).abs()
+        level = 1 / 255 / min(config.std)
+        assert (
+            difference.mean() < level and difference.max() < 12 * level
+        )  # a grey level, stretched by the colour jitter
+    together = run(VideoAugment(32), frames.cuda())
+    alone = run(VideoAugment(32), frames[7:8].cuda(), videos=np.array([7]))
+    assert (together[7:8] - alone).abs().max() < 0.1
