@@ -17,7 +17,9 @@ from avstore import draws as _draws
 from avstore.errors import UsageError
 
 _ROUNDS = 6  # 4 make a Feistel network of random functions a strong permutation (Luby, Rackoff 1988); 2 to spare
-_LEAST_HALF = 3  # bits of a half: tiny halves hold too few functions to look random, so small n walk a domain of 64
+_SMALL = (
+    256  # up to here a permutation is written out: the halves of small networks hold too few functions to look random
+)
 
 Indices = NDArray[np.int64]
 
@@ -26,11 +28,12 @@ def permutation(keys: NDArray[np.uint64], n: int, positions: Indices) -> Indices
     """Entries `positions` of a random permutation of 0 .. n-1, without the permutation.
 
     keys: `_ROUNDS` uint64 from `draws.bits`; positions: int64 in [0, n), any shape. Returns int64 of the same shape.
-    Cost per entry is constant (cycle walking: fewer than 4 rounds of the network expected, for n > 16).
+    Cost per entry is constant (cycle walking: fewer than 4 rounds of the network expected).
     """
-    if n == 1:
-        return np.zeros_like(positions)
-    half = max(_LEAST_HALF, ((n - 1).bit_length() + 1) // 2)
+    if n <= _SMALL:
+        order = np.argsort(_draws.mix(keys[0] ^ np.arange(n, dtype=np.uint64)))  # mix is one to one: no ties
+        return order.astype(np.int64)[positions]
+    half = ((n - 1).bit_length() + 1) // 2
     shift, low = np.uint64(half), np.uint64((1 << half) - 1)
     flat = positions.reshape(-1).astype(np.uint64)
     todo = np.arange(flat.size)
