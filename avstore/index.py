@@ -8,7 +8,7 @@ recall against the exact one. Not here: how embeddings are made (trainers.embed)
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -88,7 +88,7 @@ class Index:
             )
         self.kind = kind
         self.recall: float | None = None
-        self._ivf = None
+        self._ivf: Any = None
         if kind == "ivf":
             self._build(cells, probes, seed)
 
@@ -123,7 +123,8 @@ class Index:
         return faiss.knn(queries, self.rows, k, metric=faiss.METRIC_INNER_PRODUCT)
 
     def nearest_rows(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """(scores float32 (q, k), rows int64 (q, k)) by falling cosine; row -1 where the approximate kind found fewer."""
+        """(scores float32 (q, k), rows int64 (q, k)) by falling cosine; row -1 where the
+        approximate kind found fewer."""
         q = normalised(queries, "queries")
         if q.shape[1] != self.rows.shape[1]:
             raise UsageError(
@@ -226,7 +227,8 @@ def seconds_of(
     store: Store, rows: np.ndarray, numbers: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(vectors (n, D), video numbers (n,), seconds (n,)) of the rows that are there for `numbers` (default: all ok
-    videos). A row counts as there when it is not all NaN: one that is NaN in part is damage, and an Index refuses it."""
+    videos). A row counts as there when it is not all NaN: one that is NaN in part is damage,
+    and an Index refuses it."""
     numbers = store.numbers if numbers is None else np.asarray(numbers, np.int64)
     place, slot = store.places[numbers], np.minimum(store.slots[numbers], len(rows) - store.places[numbers])
     slot = np.maximum(slot, 0)
@@ -238,9 +240,7 @@ def seconds_of(
     return vectors[there], video[there], second[there]
 
 
-def video_means(
-    store: Store, rows: np.ndarray, numbers: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+def video_means(store: Store, rows: np.ndarray, numbers: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """(means float32 (m, D), video numbers (m,)): each second L2-normalised, averaged per video, normalised again.
     Videos without any row are left out."""
     vectors, video, _ = seconds_of(store, rows, numbers)
