@@ -1,0 +1,276 @@
+"""From a run's snapshot to batches on the device.
+
+    for fed in Feed(store, snapshot, config, device, Plan(len(snapshot.numbers), config)): fed.batch
+
+The reader process hands over whole frames in uint8 and int16 sound; cropping, colour, the front-end and normalisation
+run here, on the batch, on the device. A clip without picture or sound is zeros after normalisation, and a False mask.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from avstore import draws
+from avstore.augment import VideoAugment, centre_crop, sound_gain
+from avstore.errors import ConflictError, UsageError
+from avstore.frontends import apply_clip_floor, gain_rows, named, spectrogram
+from avstore.loader import Loader
+from avstore.sampler import Order, SequentialOrder
+from avstore.selection import Selection
+from avstore.views import AvidView, Views
+from avstore.windows import to_samples
+from trainers.batch import Batch
+from trainers.config import RunConfig
+from trainers.fit import needs_of
+from trainers.needs import Needs
+
+if TYPE_CHECKING:
+    from avstore.store import Store
+    from trainers.snapshot import Snapshot
+
+Crop = Callable[[Tensor, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many steps a run has and which clips each takes: the counter's arithmetic. `order` is of micro-batches."""
+
+    order: Order
+    accumulate: int
+    total_steps: int
+
+    def __init__(self, n_videos: int, config: RunConfig, world: int = 1, rank: int = 0) -> None:
+        loop = config.loop
+        order = Order(
+            n_videos,
+            loop.draws,
+            seed=loop.seed,
+            batch_size=loop.batch // loop.accumulate,
+            drop_last=loop.drop_last,
+            world=world,
+            rank=rank,
+            distinct=loop.distinct,
+        )
+        object.__setattr__(self, "order", order)
+        object.__setattr__(self, "accumulate", loop.accumulate)
+        object.__setattr__(self, "total_steps", loop.steps or max(1, loop.epochs * order.batches // loop.accumulate))
+
+    @property
+    def steps_per_epoch(self) -> float:
+        return self.order.batches / self.accumulate
+
+
+@dataclass(frozen=True)
+class Fed:
+    """A batch on the device; `wait`: seconds for the reader; `shrunk`: share of clips whose windows had to move closer;
+    `clips`: how many it holds."""
+
+    batch: Batch
+    wait: float
+    shrunk: float
+    clips: int
+
+
+class Normaliser:
+    """What turns a reader's clips into the tensors of a `Batch`: crop or augment, front-end, normalise, blank."""
+
+    def __init__(
+        self,
+        needs: Needs,
+        statistics: dict[str, Any] | None,
+        sample_rate: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.needs, self.sample_rate, self.device, self.dtype = needs, sample_rate, device, dtype
+        self.mean: Tensor | None = None
+        self.std: Tensor | None = None
+        if needs.sound and needs.front_end is not None:
+            if statistics is None:
+                raise UsageError("no statistics of the spectrogram's bins", "the run's snapshot should hold them")
+            if statistics["hash"] != named(needs.front_end).hash:
+                raise ConflictError(
+                    f"front-end {needs.front_end} is another recipe than when this run began",
+                    f"{statistics['hash']} then, {named(needs.front_end).hash} now",
+                    "use the avstore that made the run",
+                )
+            self.mean = torch.tensor(statistics["mean"], device=device)
+            self.std = torch.tensor(statistics["std"], device=device)
+
+    def video(self, frames: Tensor, boxes: Any, here: np.ndarray, present: Tensor, crop: Crop | None = None) -> Tensor:
+        """uint8 (B, T, H, W, 3) on the device -> (B, 3, T, size, size), channels last; zeros where not present.
+
+        crop: (frames, boxes) -> normalised crops; None: the centre crop of evaluation. here, present: (B,) bool, the
+        same mask on the host and on the device.
+        """
+        out = centre_crop(frames, boxes, self.needs.size) if crop is None else crop(frames, boxes)
+        if not here.all():
+            out = torch.where(present[:, None, None, None, None], out, 0)
+        return out.to(self.dtype).contiguous(memory_format=torch.channels_last_3d)
+
+    def audio(
+        self,
+        waveform: Tensor,
+        here: np.ndarray,
+        present: Tensor,
+        gain: Tensor | None = None,
+        stored: Tensor | None = None,
+    ) -> Tensor:
+        """int16 (B, samples) on the device -> (B, 1, F, M); zeros where not present. gain: (B,), amplitude.
+
+        stored: float16 (B, F, M), rows of the store to use instead of the waveform.
+        """
+        name = self.needs.front_end
+        if name is None or self.mean is None or self.std is None:
+            raise UsageError("no front-end", "this method hears nothing")
+        if stored is not None:
+            rows = apply_clip_floor(gain_rows(stored, 1.0 if gain is None else gain, name), name)
+        else:
+            wave = waveform.to(torch.float32) / 32768
+            rows = spectrogram(wave if gain is None else wave * gain[:, None], name, self.sample_rate)
+        rows = (rows - self.mean) / self.std
+        if not here.all():
+            rows = torch.where(present[:, None, None], rows, 0)
+        return rows[:, None].to(self.dtype).contiguous(memory_format=torch.channels_last)
+
+
+class Feed(Iterator[Fed]):
+    """Training's batches from optimiser step `start` on. `close` ends its reader."""
+
+    def __init__(
+        self, store: Store, snapshot: Snapshot, config: RunConfig, device: torch.device, plan: Plan, start: int = 0
+    ) -> None:
+        needs, loop, rate = needs_of(config), config.loop, store.spec.sample_rate
+        self.device, self.order, self.seed, self.gain = device, plan.order, loop.seed, loop.sound_gain
+        self.normaliser = Normaliser(needs, snapshot.statistics, rate, device, _dtype(loop.precision))
+        self.augment = None
+        if needs.picture:
+            self.augment = VideoAugment(
+                size=needs.size,
+                area=loop.crop_area,
+                flip=loop.flip,
+                brightness=loop.brightness,
+                contrast=loop.contrast,
+                saturation=loop.saturation,
+                hue=loop.hue,
+            )
+        self.labels = None
+        if needs.labels:
+            names = {name: i for i, name in enumerate(snapshot.labels or ())}
+            self.labels = np.array([names.get(str(x), -1) for x in store.column("label", snapshot.numbers)], np.int64)
+        self.loader = open_loader(
+            store,
+            snapshot.numbers,
+            needs,
+            plan.order,
+            AvidView(max_offset_samples(needs, rate)),
+            seed=loop.seed,
+            threads=loop.decode_threads,
+            in_process=loop.in_process,
+            stored=loop.stored_spectrograms,
+            device=device,
+        )
+        self._steps = self.loader.steps(start * plan.accumulate, plan.total_steps * plan.accumulate)
+
+    def __next__(self) -> Fed:
+        raw = next(self._steps)
+        on_device = raw.tensors(self.device)
+        keys = self.seed, raw.epoch, raw.row, raw.draw
+        video = audio = None
+        has_picture, has_sound = on_device["has_picture"].clone(), on_device["has_sound"].clone()
+        if self.augment is not None:
+            u = self.augment.draw(*keys)
+            video = self.normaliser.video(
+                on_device["frames"],
+                raw.box,
+                raw.has_picture,
+                has_picture,
+                lambda x, b: self.augment(x, b, u),  # type: ignore[misc]
+            )
+        if self.normaliser.mean is not None:
+            gain = None
+            if self.gain:
+                loud = sound_gain(draws.uniform(self.seed, "augment-sound", *keys[1:])[..., 0], self.gain)
+                gain = torch.from_numpy(loud).to(self.device)
+            audio = self.normaliser.audio(
+                on_device["waveform"], raw.has_sound, has_sound, gain, on_device.get("spectrogram")
+            )
+        labels = None if self.labels is None else torch.from_numpy(self.labels[raw.row]).to(self.device)
+        # positions go on over the epochs, so that the parts of one optimiser step never share one
+        position = on_device["position"] + raw.epoch * self.order.length
+        batch = Batch(
+            row=on_device["row"].clone(),
+            position=position,
+            draw=on_device["draw"].clone(),
+            has_picture=has_picture,
+            has_sound=has_sound,
+            epoch=raw.epoch,
+            seed=self.seed,
+            video=video,
+            audio=audio,
+            labels=labels,
+        )
+        return Fed(batch, raw.wait, float(raw.shrunk.mean()) if len(raw) else 0.0, len(raw))
+
+    def close(self) -> None:
+        self.loader.close()
+
+
+def max_offset_samples(needs: Needs, sample_rate: int) -> int:
+    return to_samples(needs.max_offset, sample_rate)
+
+
+def open_loader(
+    store: Store,
+    numbers: np.ndarray,
+    needs: Needs,
+    order: Order | SequentialOrder,
+    views: Views,
+    *,
+    seed: int = 0,
+    threads: int = 0,
+    in_process: bool = False,
+    stored: bool = False,
+    device: torch.device | None = None,
+) -> Loader:
+    """A loader of the clips that `needs` asks for. Frames are decoded at the smallest of the stored size's halvings
+    whose centre crop still has `size` pixels. threads 0: one per spare core, at most 8."""
+    spec = store.spec
+    frames = needs.frames if needs.picture else 0
+    size = None
+    if frames and spec.codec == "jpeg":
+        scale = max(k for k in (1, 2, 4, 8) if k == 1 or spec.height // k * 7 >= needs.size * 8)
+        size = (spec.height // scale, spec.width // scale)
+    samples = to_samples(needs.seconds, spec.sample_rate) if needs.sound else 0
+    if stored and needs.front_end is not None and needs.front_end not in store.front_ends:
+        raise ConflictError(
+            f"front-end {needs.front_end} is not stored in {store.path}",
+            "stored_spectrograms reads it from there",
+            f"avstore derive {needs.front_end}, or leave stored_spectrograms away: it is computed from the sound",
+        )
+    return Loader(
+        store,
+        Selection(np.asarray(numbers, np.int64), "", ""),
+        views,
+        order=order,
+        frames=frames,
+        fps=needs.fps,
+        samples=samples,
+        size=size,
+        front_end=needs.front_end if stored else None,
+        seed=seed,
+        threads=threads or max(1, min(8, (os.cpu_count() or 1) - 1)),
+        in_process=in_process,
+        device=device,
+    )
+
+
+def _dtype(precision: str) -> torch.dtype:
+    return torch.float64 if precision == "fp64" else torch.float32
