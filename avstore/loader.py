@@ -37,7 +37,7 @@ import numpy as np
 from avstore import store as stores
 from avstore.errors import AvstoreError, CorruptError, MachineError, NotFoundError, UsageError, did_you_mean
 from avstore.frontends import FRONT_ENDS
-from avstore.reader import COLUMNS, TO_READER, TO_TRAINER, Filler, Job
+from avstore.reader import TO_READER, TO_TRAINER, Filler, Job
 from avstore.sampler import Order, SequentialOrder
 from avstore.selection import Selection
 from avstore.slots import Layout, Memory
@@ -137,8 +137,9 @@ class Loader:
     check=False does not verify frames' checksums (about 1 % faster): 82 % of single flipped bits in a JPEG then decode
     without an error, to wrong pixels. device: "cuda..." registers the slots as pinned memory.
 
-    UsageError for arguments that fit neither each other nor the store, NotFoundError for a front-end that is not stored,
-    MachineError where the reader cannot start, or dies; CorruptError, naming video and second, for damaged bytes.
+    UsageError for arguments that fit neither each other nor the store, NotFoundError for a front-end that is not
+    stored, MachineError where the reader cannot start, or dies; CorruptError, naming video and second, for damaged
+    bytes.
     """
 
     def __init__(
@@ -202,7 +203,7 @@ class Loader:
         return self.order.batches
 
     def start(self) -> None:
-        """Starts the reader where it does not run (it does after construction); it decodes nothing before it is asked."""
+        """Starts the reader where it does not run (it does after construction). It decodes nothing unasked."""
         if self._live is None or self._live.pid != os.getpid():  # after a fork the parent's reader stays the parent's
             self._handed.clear()
             kind = _Threads if self.in_process else _Process
@@ -257,7 +258,9 @@ class Loader:
         n = int(views["size"][0])
         epoch, index = self.order.locate(step)
         arrays = {k: v[:n] for k, v in views.items() if k != "size"}
-        return Batch(step, epoch, index, **arrays, _slot=slot, _loader=self)
+        batch = Batch(step, epoch, index, **cast(dict[str, Any], arrays))
+        batch._slot, batch._loader = slot, self
+        return batch
 
     def _release(self, slot: int) -> None:
         if self._live is not None and self._live.pid == os.getpid():
@@ -433,7 +436,7 @@ class _Process(_Reader):
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
         return MachineError(
             f"the reader process {how}",
-            "out of memory is the usual reason of SIGKILL" if code == -signal.SIGKILL else "its words, if any, are above",
+            "SIGKILL most often means out of memory" if code == -signal.SIGKILL else "its words, if any, are above",
             "repeat the command: it goes on where it stopped (fewer slots or a smaller batch take less memory)",
         )
 
@@ -462,7 +465,7 @@ def _job(
     _whole("frames", frames, 0)
     _whole("samples", samples, 0)
     if not frames and not samples:
-        raise UsageError("a clip without frames and without samples", "nothing would be read", "frames=16, samples=48000")
+        raise UsageError("a clip without frames and samples", "nothing would be read", "frames=16, samples=48000")
     if frames and not spec.picture:
         raise UsageError("this store has no pictures", f"{store.path} is an audio store", "Loader(..., frames=0)")
     if source and not frames:

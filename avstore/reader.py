@@ -138,8 +138,8 @@ class Filler:
     # ---- what the trainer asks for
 
     def run(self, generation: int, start: int, stop: int, held: int) -> None:
-        """Forget what is under way and deliver steps start .. stop-1 as `generation`. Bit k of `held`: the trainer still
-        uses slot k; all others are ours again, also those whose message it has not read."""
+        """Forget what is under way and deliver steps start .. stop-1 as `generation`. Bit k of `held`: the trainer
+        still uses slot k; all others are ours again, also those whose message it has not read."""
         with self.changed:
             self.generation, self.next_step, self.stop = generation, start, stop
             self.plans.clear()
@@ -378,7 +378,7 @@ class Filler:
 
     def _head(self, fill: Fill) -> None:
         """Writes what is known of a step beside its pixels and sound."""
-        plan, slot, job = fill.plan, self.slots[fill.slot], self.job
+        plan, slot = fill.plan, self.slots[fill.slot]
         n, rows = len(plan.rows), plan.rows
         slot["size"][0] = n
         slot["row"][:n] = rows

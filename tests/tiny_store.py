@@ -94,8 +94,8 @@ def make_store(path: Path, videos: list[Tiny], spec: Spec | None = None) -> Path
         if any(getattr(v, name) is not None for v in videos):
             columns[name] = [getattr(v, name) for v in videos]
     plan = Plan(
-        1, spec.fingerprint, 0, 0, shards, [task], keys, keys, [None] * len(videos), [None] * len(videos), places, slots,
-        [1] * len(videos), [None] * len(videos), columns,
+        1, spec.fingerprint, 0, 0, shards, [task], keys, keys, [None] * len(videos), [None] * len(videos), places,
+        slots, [1] * len(videos), [None] * len(videos), columns,
     )  # fmt: skip
     frames = [int(v.seconds * spec.fps) if v.picture and spec.picture else 0 for v in videos]
     sounds = []  # start, end, length of the waveform on the video's clock
@@ -115,11 +115,13 @@ def make_store(path: Path, videos: list[Tiny], spec: Spec | None = None) -> Path
     for array in arrays(spec).values():
         folder = path / array.path
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(folder / "zarr.json", canonical_json(array.metadata(spec.shard_seconds, shards * spec.shard_seconds)))
+        metadata = array.metadata(spec.shard_seconds, shards * spec.shard_seconds)
+        write_atomic(folder / "zarr.json", canonical_json(metadata))
         for shard in range(shards):
             _write_shard(path, array, spec, shard, videos, places, frames, sounds)
+    empty = canonical_json({"zarr_format": 3, "node_type": "group", "attributes": {}})
     for group in ("spectrograms", "embeddings"):
-        write_atomic(path / group / "zarr.json", canonical_json({"zarr_format": 3, "node_type": "group", "attributes": {}}))
+        write_atomic(path / group / "zarr.json", empty)
     attributes = {"avstore": {"format": FORMAT, "spec": spec.to_json(), "fingerprint": spec.fingerprint}}
     write_atomic(path / "zarr.json", canonical_json({"zarr_format": 3, "node_type": "group", "attributes": attributes}))
     write_atomic(plan_path(path, 1), plan.to_bytes())
