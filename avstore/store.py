@@ -19,7 +19,8 @@ from avstore.catalogue import Catalogue, read_attributes
 from avstore.clip import Clip, Video
 from avstore.codecs import decode_source
 from avstore.cut import cut_frames, cut_rows
-from avstore.errors import NotFoundError, UsageError, did_you_mean
+from avstore.durable import read_json
+from avstore.errors import ConflictError, NotFoundError, UsageError, did_you_mean
 from avstore.frontends import FRONT_ENDS
 from avstore.shard import LocalReader
 from avstore.spec import ArraySpec, arrays, spectrogram_array
@@ -42,6 +43,7 @@ class Store(Catalogue):
         self.arrays: dict[str, ArraySpec] = arrays(self.spec)
         self.reader = LocalReader(self.path)
         self._source = lru_cache(maxsize=16)(self._read_source)
+        self._recipe = lru_cache(maxsize=16)(self._read_recipe)
 
     def clip(
         self,
@@ -156,7 +158,8 @@ class Store(Catalogue):
 
     def stored_spectrogram(self, video: int, front_end: str, first: int = 0, n: int | None = None) -> np.ndarray:
         """float32 (n, bins): stored rows of a video (default: all), NaN where there is no sound. NotFoundError when the
-        front-end is not stored. Row k is centred at k / rows_per_second seconds."""
+        front-end is not stored, or not for this video yet; ConflictError when it was derived by another recipe. Row k
+        is centred at k / rows_per_second seconds."""
         if front_end not in self.front_ends:
             raise NotFoundError(
                 f"front-end {front_end!r} is not stored here",
@@ -169,9 +172,38 @@ class Store(Catalogue):
         n = rows - first if n is None else n
         if first < 0 or n < 0 or first + n > rows:
             raise UsageError(f"rows {first} to {first + n} of video {video}", f"it has {rows}")
-        out = np.empty((n, *array.row), np.float16)
-        cut_rows(self.reader, array, self.spec.shard_seconds, int(self.places[video]) * array.rate + first, out)
+        out = np.full((n, *array.row), np.nan, np.float16)
+        if not self.has_sound[video] or not n:
+            return out.astype(np.float32)  # a shard in which nothing sounds has no file
+        self._require_recipe(front_end)
+        row = int(self.places[video]) * array.rate + first
+        try:
+            cut_rows(self.reader, array, self.spec.shard_seconds, row, out)
+        except NotFoundError as e:
+            raise NotFoundError(
+                f"front-end {front_end!r} is not stored for video {video} ({self.keys[video]})",
+                e.what,
+                f"avstore derive STORE --front-end {front_end} stores what is missing"
+                if front_end not in self.spec.front_ends
+                else e.next,
+            ) from e
         return out.astype(np.float32)
+
+    def _read_recipe(self, front_end: str) -> str | None:
+        attributes = read_json(self.path / "spectrograms" / front_end / "zarr.json").get("attributes") or {}
+        return attributes.get("recipe")
+
+    def _require_recipe(self, front_end: str) -> None:
+        """A derived array carries its recipe's hash; those of the ingest are checked with the spec."""
+        if front_end in self.spec.front_ends:
+            return
+        found, ours = self._recipe(front_end), FRONT_ENDS[front_end].hash
+        if found != ours:
+            raise ConflictError(
+                f"spectrograms/{front_end} of this store was computed by another recipe",
+                f"the store has {found}, this avstore {ours}",
+                "use the avstore version that wrote it, or remove that folder and derive it again",
+            )
 
     def _native_rows(self, video: int, first: int, n: int) -> np.ndarray:
         """The first `n` rows from `first` on (of the video) that each show another source frame than the row before."""
