@@ -1,10 +1,8 @@
 """The CPU decoder: one file in, pictures and sound on one clock out, with every fact that a record keeps.
 
-Row k shows the newest source frame with pts <= k / fps, compared in integers; t = 0 is `start` (seconds after the
-file's first shown frame), else that frame; for sound only, the first sample. Colours: the matrix is the one that the
-stream names (BT.709, FCC, BT.601 in its four spellings, SMPTE 240M, BT.2020), else BT.709 from 720 lines on and BT.601
-below; range as named, else limited, full for `yuvj`; no tone mapping, alpha is left out. swscale works bilinear into
-planar RGB: its packed output truncates chroma and is 1.5 levels too dark (measured).
+t = 0 is `start` (seconds after the file's first shown frame), else that frame; for sound only, the first sample. Which
+row shows what is `avstore.pictures`, which sample lies where is `avstore.sound`; here are the loop over packets and
+the judgement: whole, damaged but good enough, truncated, longer than planned.
 
 Runs in a child process with limits: a hostile file may kill it. It plans nothing and writes nothing.
 """
@@ -13,27 +11,35 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import av
 import numpy as np
-from av.video.reformatter import Interpolation, VideoReformatter
 
 from avstore.errors import UsageError
-from avstore.fit import Fit, fit, turn_of
-from avstore.probe import DecodeFailed, Streams, check_size, choose, first_time, format_name, open_media, scan, stated_end, words
-from avstore.records import FIELDS
+from avstore.facts import Facts, Sink
+from avstore.pictures import Pictures, SeekMissed
+from avstore.probe import (
+    DecodeFailed,
+    Streams,
+    check_size,
+    choose,
+    first_time,
+    format_name,
+    open_media,
+    scan,
+    stated_end,
+    words,
+)
 from avstore.sound import Sound
 from avstore.spec import Spec
 
 __all__ = ["DecodeFailed", "Facts", "Sink", "decode", "decoder_versions"]
 
-SCALER = Interpolation.BILINEAR | Interpolation.ACCURATE_RND
-MATRICES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9, 10: 9}  # AVColorSpace -> swscale's matrix
 SHOWN = Fraction(9, 10)  # share of the rows that a damaged file must still show
 PREROLL = Fraction(1, 2)  # seconds of decoding before a segment's start, for the sound's codec to settle
 SEEK_FROM = 5  # seconds below which a segment is decoded from the file's beginning
@@ -41,237 +47,10 @@ EXACT_INDEX = {"mov", "matroska"}  # containers whose seeks and timestamps agree
 ONE_PER_PACKET = {"h264", "hevc", "av1", "libdav1d", "vp9", "mjpeg", "prores", "png"}
 
 
-class Sink(Protocol):
-    """Takes a video as it is decoded."""
-
-    def frame(self, picture: np.ndarray, source: int, repeat: int) -> None:
-        """uint8 (H, W, 3) RGB for the next `repeat` >= 1 rows; `source`: ordinal of the frame in the file."""
-
-    def sound(self, samples: np.ndarray) -> None:
-        """int16 (n,): the next samples, the first call begins at t = 0; gaps are zeros already."""
-
-
-@dataclass
-class Facts:
-    """What a record keeps of a video that is ok; see avstore.records.FIELDS."""
-
-    status: str = "ok"
-    reason: str | None = None
-    message: str | None = None
-    frames: int = 0
-    samples: int = 0
-    sound_start: int = 0
-    sound_end: int = 0
-    silent: bool = True
-    errors: int = 0
-    source_frames: int = 0
-    source_fps: str | None = None
-    display: list[int] | None = None
-    box: list[int] | None = None
-    video_stream: int | None = None
-    audio_stream: int | None = None
-    sound_dropped: int = 0
-    decoder: str | None = "pyav"
-    fallback: str | None = None
-
-    def to_record(self) -> dict[str, Any]:
-        """One value for each key of avstore.records.FIELDS."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
-
-
-assert [f.name for f in fields(Facts)] == list(FIELDS), "Facts and records.FIELDS differ"
-
-
 def decoder_versions() -> dict[str, str]:
     """Versions of PyAV and of the FFmpeg libraries that shape pictures and sound."""
     parts = ("libavcodec", "libavformat", "libavutil", "libavfilter", "libswscale", "libswresample")
     return {"av": av.__version__, **{p: ".".join(map(str, av.library_versions[p])) for p in parts}}
-
-
-class SeekMissed(Exception):
-    """A seek did not arrive at the keyframe that the packets showed."""
-
-
-class Pictures:
-    """From decoded frames to rows of the tape."""
-
-    def __init__(self, stream: Any, spec: Spec, sink: Sink, start: Fraction | None, length: Fraction | None, slot_seconds: int, packed: bool) -> None:
-        self.stream, self.spec, self.sink, self.start = stream, spec, sink, start
-        self.base: Fraction = stream.time_base
-        self.rows_asked = None if length is None else ceil(length * spec.fps)
-        self.rows_slot = slot_seconds * spec.fps
-        self.origin: Fraction | None = None
-        self.ordinal = 0  # of the next frame in the file
-        self.seek_to: int | None = None  # timestamp of the keyframe that decoding begins with
-        self.seen = array("q")  # timestamps of the frames, rising
-        self.backwards = 0
-        self.rows = 0  # handed out
-        self.overrun = False
-        self.done = False
-        self.errors = 0
-        self.box: tuple[int, int, int, int] | None = None
-        self.display: tuple[int, int] | None = None
-        self.first_fit: Fit | None = None
-        self._pending: tuple[Any, int, int, int] | None = None  # frame, ordinal, row, pts
-        self._duration = 0
-        self._last_pts: int | None = None
-        self._last_dts: int | None = None
-        self._faults = 1 if packed else 0  # timestamps that ran backwards, less times of decoding that did
-        self._fits: dict[tuple[int, int], Fit] = {}
-        self._scaler = VideoReformatter()
-
-    def set_origin(self, seconds: Fraction) -> None:
-        self.origin = seconds
-        unit = self.base.denominator * seconds.denominator
-        self._a = self.base.numerator * seconds.denominator * self.spec.fps
-        self._b = seconds.numerator * self.base.denominator * self.spec.fps
-        self._c = unit
-
-    def row(self, pts: int) -> int:
-        """The first row that may show a frame with this timestamp: ceil((pts * base - origin) * fps), at least 0."""
-        return max(0, -((self._b - pts * self._a) // self._c))
-
-    def push(self, frame: Any) -> None:
-        """Takes the next frame in the decoder's order."""
-        pts = self._time(frame)
-        if self.seek_to is not None:
-            if pts < self.seek_to:
-                return  # before the keyframe: its references are not there
-            if pts > self.seek_to:
-                raise SeekMissed
-            self.seek_to = None
-        ordinal = self.ordinal
-        self.ordinal += 1
-        if self.seen and pts <= self.seen[-1]:
-            self.backwards += 1
-            return
-        if self.origin is None:
-            self.set_origin(pts * self.base)
-        self.errors += frame.is_corrupt
-        row = self.row(pts)
-        if self._pending is not None:
-            self._show(row)
-        self.seen.append(pts)
-        self._pending = (frame, ordinal, row, pts)
-        self._duration = frame.duration or 0
-        if self.rows_asked is not None and row >= self.rows_asked:
-            self.done = True
-
-    def _time(self, frame: Any) -> int:
-        """When to show a frame, in ticks. Where timestamps run backwards more often than the times of decoding do, the
-        latter count (the rule of FFmpeg's `best_effort_timestamp`, which PyAV does not expose); in AVI with MPEG-4,
-        which holds no other times and whose packed B-frames are given wrong ones, from the first frame on."""
-        pts, dts = frame.pts, frame.dts
-        if pts is not None:
-            self._faults += self._last_pts is not None and pts <= self._last_pts
-            self._last_pts = pts
-        if dts is not None:
-            self._faults -= self._last_dts is not None and dts <= self._last_dts
-            self._last_dts = dts
-            if pts is None or self._faults > 0:
-                return dts
-        elif self._faults > 0 and self.seen:
-            return self.seen[-1] + self._step()
-        if pts is not None:
-            return pts
-        return self.seen[-1] + self._step() if self.seen else 0
-
-    def end_pts(self) -> int:
-        """When the last frame ends, in ticks: its duration, else the median step, else a 25th of a second."""
-        step = self._duration if self._duration > 0 else self._step()
-        return self.seen[-1] + step
-
-    def finish(self, end: Fraction | None = None) -> None:
-        """Shows the last frame to its end, or to `end` on the file's clock (a single picture with sound)."""
-        if self._pending is None:
-            return
-        if self.done:
-            self._show(self.rows_asked or 0)
-        elif end is not None:
-            assert self.origin is not None
-            self._show(max(ceil((end - self.origin) * self.spec.fps), self._pending[2]), hold=False)
-        else:
-            self._show(self.row(self.end_pts()))
-        self._pending = None
-
-    def rate(self) -> Fraction | None:
-        """Frames per second by the timestamps: their median step; where all steps agree within a tick, their mean,
-        which the container's rounding does not bias."""
-        if len(self.seen) < 2:
-            return None
-        steps = np.diff(np.frombuffer(self.seen, np.int64))
-        if steps.max() - steps.min() <= 1:
-            rate = (len(self.seen) - 1) / ((self.seen[-1] - self.seen[0]) * self.base)
-        else:
-            rate = 1 / (Fraction(float(np.median(steps))) * self.base)
-        return rate.limit_denominator(1001)
-
-    def _step(self) -> int:
-        if len(self.seen) > 1:
-            return max(1, int(np.median(np.diff(np.frombuffer(self.seen, np.int64)))))
-        rate = self.stream.guessed_rate or self.stream.average_rate or 25
-        return max(1, round(1 / (rate * self.base)))
-
-    def _show(self, until: int, hold: bool = True) -> None:
-        """Hands out the pending frame for the rows before `until`."""
-        assert self._pending is not None
-        frame, ordinal, row, pts = self._pending
-        if self.rows_asked is not None:
-            until = min(until, self.rows_asked)
-        if until <= row:
-            return
-        if hold and until - row > self.spec.max_hold * self.spec.fps:
-            seconds = (until - row) // self.spec.fps
-            raise DecodeFailed("bad_timestamps", f"one picture would be shown for {seconds} s, {self.spec.max_hold} s are allowed")
-        if until > self.rows_slot:
-            self.overrun = True
-            return
-        self.sink.frame(self._picture(frame), ordinal, until - row)
-        self.rows = until
-
-    def _picture(self, frame: Any) -> np.ndarray:
-        width, height = frame.width, frame.height
-        how = self._fits.get((width, height))
-        if how is None:
-            how = self._fits[width, height] = self._fit(frame)
-        name = frame.format.name
-        if frame.format.is_rgb or name == "pal8":
-            space, reach = None, None
-        else:
-            space = MATRICES.get(int(frame.colorspace), 1 if height >= 720 else 5)
-            reach = 2 if int(frame.color_range) == 2 or name.startswith("yuvj") else 1
-        small = self._scaler.reformat(
-            frame, how.scale[0], how.scale[1], "gbrp", src_colorspace=space, src_color_range=reach, interpolation=SCALER, threads=1
-        )
-        w, h = how.scale
-        green, blue, red = (np.ndarray((h, w), np.uint8, p, strides=(p.line_size, 1)) for p in small.planes)
-        return how.lay((red, green, blue))
-
-    def _fit(self, frame: Any) -> Fit:
-        check_size(frame.width, frame.height, self.spec)
-        matrix = frame.side_data["DISPLAYMATRIX"] if "DISPLAYMATRIX" in _names(frame) else None
-        aspect = self.stream.sample_aspect_ratio or Fraction(1)
-        how = fit(
-            frame.width,
-            frame.height,
-            (self.spec.height, self.spec.width),
-            aspect=aspect if aspect > 0 else Fraction(1),
-            turn=turn_of(bytes(matrix) if matrix is not None else None),
-            mode=self.spec.fit,
-        )
-        check_size(*how.scale, self.spec)
-        if self.box is None:
-            self.box, self.display = how.box, how.display
-        else:  # pictures of several sizes: the box that all of them fill
-            top, left = max(self.box[0], how.box[0]), max(self.box[1], how.box[1])
-            bottom = min(self.box[0] + self.box[2], how.box[0] + how.box[2])
-            right = min(self.box[1] + self.box[3], how.box[1] + how.box[3])
-            self.box = (top, left, bottom - top, right - left)
-        return how
-
-
-def _names(frame: Any) -> set[str]:
-    return {data.type.name for data in frame.side_data}
 
 
 @dataclass
@@ -313,7 +92,10 @@ def decode(
     the disk fails, UsageError for a segment that cannot be.
     """
     if slot_seconds < 1 or (start or 0) < 0 or (end is not None and end <= (start or 0)):
-        raise UsageError(f"no video lies from {start or 0} to {end} in a slot of {slot_seconds} s", next="start < end, slots of a second or more")
+        raise UsageError(
+            f"no video lies from {start or 0} to {end} in a slot of {slot_seconds} s",
+            next="start < end, slots of a second or more",
+        )
     for seek in (True, False):
         with open_media(path) as container:
             streams = choose(container, spec.picture)
@@ -328,7 +110,17 @@ def decode(
 class Job:
     """One call of decode: the loop over packets, and the judgement at its end."""
 
-    def __init__(self, path: Path, container: Any, streams: Streams, spec: Spec, sink: Sink, start: Fraction | None, end: Fraction | None, slot: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        container: Any,
+        streams: Streams,
+        spec: Spec,
+        sink: Sink,
+        start: Fraction | None,
+        end: Fraction | None,
+        slot: int,
+    ) -> None:
         self.path, self.container, self.streams, self.spec, self.sink = path, container, streams, spec, sink
         self.start, self.end, self.slot = start, end, slot
         self.length = None if end is None else end - (start or 0)
@@ -343,7 +135,9 @@ class Job:
 
     def run(self, seek: bool) -> Facts:
         spec, video, audio = self.spec, self.streams.video, self.streams.audio
-        most = ceil((min(self.length, Fraction(self.slot)) if self.length is not None else self.slot) * spec.sample_rate)
+        most = ceil(
+            (min(self.length, Fraction(self.slot)) if self.length is not None else self.slot) * spec.sample_rate
+        )
         self.sound = Sound(spec.sample_rate, self.sink.sound, most)
         self.pictures: Pictures | None = None
         if video is not None:
@@ -394,7 +188,9 @@ class Job:
                     except av.error.FFmpegError as e:
                         self._damage(tally, e)
                     if pictures.overrun:
-                        raise DecodeFailed("longer_than_planned", f"longer than its {self.slot} s", self._true_seconds(video))
+                        raise DecodeFailed(
+                            "longer_than_planned", f"longer than its {self.slot} s", self._true_seconds(video)
+                        )
                     if pictures.origin is not None and sound.origin is None:
                         sound.origin = pictures.origin
                 elif index == index_a and not deaf:
@@ -454,14 +250,22 @@ class Job:
             if self._origin() is not None:
                 self.sound.hand_out(self.sound.most)
         elif self.pictures.rows and self.sound.origin is not None:
-            self.sound.hand_out((self.pictures.rows - 1) * self.spec.sample_rate // self.spec.fps)  # the last row may be cut
+            self.sound.hand_out(
+                (self.pictures.rows - 1) * self.spec.sample_rate // self.spec.fps
+            )  # the last row may be cut
 
     def _go_to_start(self, start: Fraction, seek: bool) -> None:
         """Fixes t = 0 for a segment, and skips to the last keyframe before it where that is exact and worthwhile."""
         video, pictures = self.streams.video, self.pictures
         name = format_name(self.container)
         if pictures is None:
-            if seek and name in EXACT_INDEX and start > SEEK_FROM and self.streams.audio is not None and self.streams.audio.start_time is not None:
+            if (
+                seek
+                and name in EXACT_INDEX
+                and start > SEEK_FROM
+                and self.streams.audio is not None
+                and self.streams.audio.start_time is not None
+            ):
                 stream = self.streams.audio
                 self.sound.origin = first_time(stream) + start
                 self.container.seek(int((self.sound.origin - 2 * PREROLL) / stream.time_base), stream=stream)
@@ -513,7 +317,10 @@ class Job:
             stated = min(stated, first + self.end)
         allowed = max(Fraction(1, 2), (stated - first) / 50)
         tallies = {i: t for i, t in self.tallies.items() if t.end is not None and (i == stream.index or not own)}
-        packets = max((t.end * self.container.streams[i].time_base for i, t in tallies.items() if t.end is not None), default=first)
+        packets = max(
+            (t.end * self.container.streams[i].time_base for i, t in tallies.items() if t.end is not None),
+            default=first,
+        )
         reached = max(decoded, packets)
         return stated - reached if stated - reached > allowed else Fraction(0)
 
@@ -527,7 +334,12 @@ class Job:
         tally = self._tally(video)
         if not pictures.seen:
             self._check_whole(video, first_time(video))
-            raise DecodeFailed("unreadable", f"none of its {tally.count} pictures could be decoded: {self.last_error}" if tally.count else "holds no media")
+            raise DecodeFailed(
+                "unreadable",
+                f"none of its {tally.count} pictures could be decoded: {self.last_error}"
+                if tally.count
+                else "holds no media",
+            )
         if pictures.backwards > (1 - SHOWN) * (len(pictures.seen) + pictures.backwards):
             raise DecodeFailed("bad_timestamps", f"{pictures.backwards} pictures lie before the one that precedes them")
         still = len(pictures.seen) == 1 and pictures.ordinal == 1 and tally.count <= 1 and sound.last_seen is not None
@@ -539,7 +351,9 @@ class Job:
             pictures.finish()
         if pictures.overrun:
             seconds = (sound.last_seen or Fraction(0)) - (pictures.origin or 0) if still else self._true_seconds(video)
-            raise DecodeFailed("longer_than_planned", f"longer than its {self.slot} s", max(seconds, self.slot + Fraction(1, 2)))
+            raise DecodeFailed(
+                "longer_than_planned", f"longer than its {self.slot} s", max(seconds, self.slot + Fraction(1, 2))
+            )
         if not pictures.rows:
             raise DecodeFailed("unreadable", f"shows no picture from {float(self.start or 0):g} s on")
         self._check_shown(pictures, tally)
@@ -578,10 +392,17 @@ class Job:
         heard = self._tally(audio)
         if sound.last_seen is None or sound.first_seen is None:
             self._check_whole(audio, first_time(audio))
-            raise DecodeFailed("unreadable", f"none of its {heard.count} packets of sound could be decoded: {self.last_error}" if heard.count else "holds no media")
+            raise DecodeFailed(
+                "unreadable",
+                f"none of its {heard.count} packets of sound could be decoded: {self.last_error}"
+                if heard.count
+                else "holds no media",
+            )
         self._check_whole(audio, sound.last_seen)
         if heard.failed > (1 - SHOWN) * heard.count:
-            raise DecodeFailed("unreadable", f"{heard.failed} of {heard.count} packets of sound are damaged: {self.last_error}")
+            raise DecodeFailed(
+                "unreadable", f"{heard.failed} of {heard.count} packets of sound are damaged: {self.last_error}"
+            )
         origin = self._origin()
         assert origin is not None
         seconds = sound.last_seen - origin
@@ -605,12 +426,14 @@ class Job:
             share = Fraction(len(pictures.seen), max(len(pictures.seen) + tally.failed + pictures.backwards, 1))
         else:
             packets = np.unique(np.frombuffer(self.times, np.int64))
-            rows = np.array([-((pictures._b - int(p) * pictures._a) // pictures._c) for p in packets])
+            rows = np.array([pictures.raw_row(int(p)) for p in packets])
             stop = max(pictures.row(int(tally.end or 0)), int(rows[-1]))
             if self.start:
                 rows = np.clip(rows, 0, None)
             spans = np.diff(np.append(rows, stop))
-            share = Fraction(int(spans[np.isin(packets, np.frombuffer(pictures.seen, np.int64))].sum()), max(int(spans.sum()), 1))
+            share = Fraction(
+                int(spans[np.isin(packets, np.frombuffer(pictures.seen, np.int64))].sum()), max(int(spans.sum()), 1)
+            )
         if share < SHOWN:
             raise DecodeFailed("unreadable", f"only {float(share):.0%} of its rows show: {self.last_error}")
 

@@ -73,7 +73,7 @@ def turn_of(matrix: bytes | Sequence[int] | None) -> tuple[bool, bool, bool]:
             return UPRIGHT
         matrix = struct.unpack("=9i", matrix[:36])
     if len(matrix) != 9:
-        raise UsageError(f"a display matrix has 9 numbers, got {len(matrix)}", next="pass the nine of the file, row by row")
+        raise UsageError(f"a display matrix has 9 numbers, got {len(matrix)}", next="pass nine, row by row")
     a, b, c, d = matrix[0], matrix[1], matrix[3], matrix[4]
     if a * d == b * c:
         return UPRIGHT
@@ -104,7 +104,8 @@ def fit(
     """
     rows, columns = into
     if width < 1 or height < 1 or rows < 2 or columns < 2 or aspect <= 0:
-        raise UsageError(f"a picture of {width}x{height} with pixel aspect {aspect} cannot be laid into {rows}x{columns}", next="sizes are positive")
+        what = f"a picture of {width}x{height} with pixel aspect {aspect} cannot be laid into {rows}x{columns}"
+        raise UsageError(what, next="sizes are positive")
     wide, high = width * Fraction(aspect), Fraction(height)
     if turn[0]:
         wide, high = high, wide

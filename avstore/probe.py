@@ -75,14 +75,15 @@ def words(error: BaseException) -> str:
 
 
 def check_readable(path: Path, whole: bool = False) -> None:
-    """Reads the first byte (or the whole file): MachineError where the disk is at fault, DecodeFailed where the file is."""
+    """Reads the first byte (or the whole file): MachineError for a bad disk, DecodeFailed for a bad file."""
     try:
         with open(path, "rb", buffering=0) as f:
             while f.read(1 << 20) and whole:
                 pass
     except OSError as e:
         if e.errno in MACHINE_ERRNOS:
-            raise MachineError(f"cannot read {path}", e.strerror or str(e), "check the disk, then repeat the command") from e
+            why = e.strerror or str(e)
+            raise MachineError(f"cannot read {path}", why, "check the disk, then repeat the command") from e
         raise DecodeFailed("unreadable", (e.strerror or type(e).__name__).lower()) from e
 
 
@@ -125,13 +126,15 @@ def choose(container: Any, picture: bool = True) -> Streams:
     listed = format_name(container) == "mov"
 
     def empty(stream: Any) -> bool:
-        return listed and stream.frames == 0 and stream.duration and len(stream.index_entries) == 0 and len(container.streams) > 1
+        alone = len(container.streams) == 1
+        return listed and not alone and not stream.frames and bool(stream.duration) and not len(stream.index_entries)
 
     videos = [s for s in container.streams.video if not s.disposition & still] if picture else []
     filled = [s for s in videos if not empty(s)] or videos
     video = container.streams.best("video") if filled else None
     if filled and video not in filled:
-        video = max(filled, key=lambda s: (bool(s.disposition & Disposition.default), (s.codec_context.width * s.codec_context.height) if s.codec_context else 0, -s.index))
+        sized = {s.index: s.codec_context.width * s.codec_context.height if s.codec_context else 0 for s in filled}
+        video = max(filled, key=lambda s: (bool(s.disposition & Disposition.default), sized[s.index], -s.index))
     audio = container.streams.best("audio")
     if audio is None and container.streams.audio:  # `best` knows no stream without channels
         audio = container.streams.audio[0]
@@ -206,7 +209,7 @@ def scan(container: Any, stream: Any) -> tuple[Fraction, Fraction, int]:
     base = stream.time_base
     if first is not None and last is not None and last > first:
         return first * base, last * base, count
-    rate = getattr(stream, "guessed_rate", None) or getattr(stream, "average_rate", None)
+    rate: Any = getattr(stream, "guessed_rate", None) or getattr(stream, "average_rate", None)
     if total or rate:
         begin = (first or 0) * base
         return begin, begin + (total * base if total else Fraction(count) / rate), count
@@ -259,7 +262,9 @@ def _clock(text: str) -> Fraction | None:
         return None
 
 
-def probe(path: str | Path, start: Fraction | None = None, end: Fraction | None = None, spec: Spec | None = None) -> Probe:
+def probe(
+    path: str | Path, start: Fraction | None = None, end: Fraction | None = None, spec: Spec | None = None
+) -> Probe:
     """What a file, or its stretch from `start` to `end` seconds after its first picture (sound only: sample), holds.
 
     Raises DecodeFailed with a reason of the file, MachineError where the disk fails. Meant to run in a child process
@@ -271,7 +276,7 @@ def probe(path: str | Path, start: Fraction | None = None, end: Fraction | None 
         streams = choose(container, spec.picture)
         video, audio = streams.video, streams.audio
         pictures = count_pictures(container, video) if video is not None else 0
-        context = video.codec_context if video is not None else None
+        context: Any = video.codec_context if video is not None else None
         if pictures and context is None:
             raise DecodeFailed("unsupported", "no decoder for its pictures")
         if pictures:

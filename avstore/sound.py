@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from fractions import Fraction
+from typing import Any
 
 import av
 import numpy as np
@@ -44,14 +45,15 @@ class Sound:
     def push(self, frame: av.AudioFrame) -> None:
         """Takes a decoded frame; a frame without a time continues the run."""
         samples, rate, base = frame.samples, frame.sample_rate, frame.time_base
-        if not samples or not rate:
+        if not samples or not rate or base is None:
             return
-        kind = (frame.format.name, frame.layout.name, rate, base.numerator, base.denominator)
+        form: Any = frame.format
+        layout: Any = frame.layout
+        kind = (form.name, layout.name, rate, base.numerator, base.denominator)
         begin, had = self._base
         if self._graph is not None and kind == self._kind:
-            if frame.pts is None:
-                drift = 0
-            else:  # in samples of the source
+            drift = 0  # in samples of the source
+            if frame.pts is not None:
                 drift = (frame.pts - begin) * base.numerator * rate // base.denominator - had
             if abs(drift) * TOLERANCE.denominator <= rate * TOLERANCE.numerator:
                 self._base = (begin, had + samples)
@@ -131,7 +133,7 @@ class Sound:
         self._graph.push(frame)
         while True:
             try:
-                done = self._graph.pull()
+                done: Any = self._graph.pull()
             except (av.error.BlockingIOError, av.error.EOFError):
                 return
             chunk = np.frombuffer(done.planes[0], np.int16, done.samples).copy()
@@ -148,21 +150,25 @@ class Sound:
 
 def mixer(frame: av.AudioFrame, rate: int) -> Graph:
     """A filter graph from frames like `frame` to int16 mono at `rate`: float, channel mean, resample, round."""
-    channels = frame.layout.nb_channels
+    layout: Any = frame.layout
+    form: Any = frame.format
+    channels = layout.nb_channels
     graph = Graph()
     graph.threads = 1
     nodes = [
         graph.add(
             "abuffer",
             sample_rate=str(frame.sample_rate),
-            sample_fmt=frame.format.name,
-            channel_layout=frame.layout.name,
+            sample_fmt=form.name,
+            channel_layout=layout.name,
             time_base=f"1/{frame.sample_rate}",
         ),
         graph.add("aformat", sample_fmts="fltp"),
     ]
     if channels > 1:
         nodes.append(graph.add("pan", "mono|c0=" + "+".join(f"{1 / channels:.9f}*c{i}" for i in range(channels))))
-    nodes += [graph.add("aresample", str(rate)), graph.add("aformat", sample_fmts="s16", channel_layouts="mono"), graph.add("abuffersink")]
+    nodes.append(graph.add("aresample", str(rate)))
+    nodes.append(graph.add("aformat", sample_fmts="s16", channel_layouts="mono"))
+    nodes.append(graph.add("abuffersink"))
     graph.link_nodes(*nodes).configure()
     return graph
