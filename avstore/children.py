@@ -219,15 +219,13 @@ class Pool:
         index = 0
         while True:
             with self.changed:
-                while index not in self.done:
+                while not (stopped := stop is not None and stop.is_set()) and index not in self.done:
                     if self.error is not None:
                         raise self.error
-                    if stop is not None and stop.is_set():
-                        break
                     if self.jobs is None and index == self.given:
                         return
                     self.changed.wait(0.1)
-                result = self.done.pop(index, None)
+                result = None if stopped else self.done.pop(index)
             if result is None:
                 self.close()
                 return

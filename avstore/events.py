@@ -102,6 +102,7 @@ class Summary:
     seconds: float = 0.0  # of media that this command decoded
     size: int = 0  # bytes of the shards that this command wrote
     wall: float = 0.0  # seconds that it took
+    listed: str | None = None  # one line about the list that was the source: rows, found, missing (named in `skipped`)
     note: str | None = None  # one line that the user should read, e.g. that an audio store was made
 
     @property

@@ -25,6 +25,7 @@ from avstore.durable import machine_errors, temporary, write_new
 from avstore.errors import ConflictError, InterruptedRun, MachineError, UsageError, did_you_mean
 from avstore.events import Event, Summary
 from avstore.ledger import Ledger
+from avstore.lists import is_list, read_list
 from avstore.lock import StoreLock, require_locks
 from avstore.plan import Probed, failure, make_plan, slot_seconds, split_failure, too_long
 from avstore.records import Plan, Task, plan_path
@@ -41,6 +42,8 @@ def ingest(
     source: str | os.PathLike[str],
     store: str | os.PathLike[str] | None = None,
     *,
+    root: str | os.PathLike[str] | None = None,
+    list_kind: str | None = None,
     profile: str | None = None,
     size: tuple[int, int] | None = None,
     workers: int | None = None,
@@ -52,8 +55,11 @@ def ingest(
     stop: threading.Event | None = None,
     **options: Any,
 ) -> Summary:
-    """Ingests `source`, a folder or one file, into `store` (default: `<name of source>.zarr` in the current folder).
+    """Ingests `source`, a folder, one file or a list, into `store` (default: `<name of source>.zarr` in the current
+    folder).
 
+    A list is a file that ends in .csv, .tsv, .jsonl, .ndjson or .txt, or whatever comes with `root` (the folder of its
+    media, default: that of the list) or `list_kind` (see `avstore.lists.read_list`).
     `profile` (a key of `spec.PROFILES`), `size` = (height, width) in pixels and `options` (fields of `Spec`: fps,
     sample_rate, fit, codec, quality, front_ends, shard_seconds, and the limits) make the spec of a new store; for one
     that is there, those that are given must agree with it. `workers`: decoding children, default one per CPU.
@@ -72,8 +78,11 @@ def ingest(
         raise UsageError(f"shard {shard[0]}/{shard[1]}", "i/n with i from 0 to n - 1", "avstore ingest --shard 0/4")
     source = Path(source)
     name = source.resolve().stem if source.is_file() else source.resolve().name
-    root = Path(store) if store is not None else Path.cwd() / f"{name}.zarr"
-    run = _Run(source, root, given, workers, shard, on_event or (lambda event: None), stop or threading.Event())
+    target = Path(store) if store is not None else Path.cwd() / f"{name}.zarr"
+    as_list = (root, list_kind) if root is not None or list_kind is not None or is_list(source) else None
+    run = _Run(
+        source, target, as_list, given, workers, shard, on_event or (lambda event: None), stop or threading.Event()
+    )
     try:
         return run.all(retry_failed, changed, moved)
     except KeyboardInterrupt:
@@ -122,6 +131,7 @@ class _Run:
         self,
         source: Path,
         root: Path,
+        as_list: tuple[str | os.PathLike[str] | None, str | None] | None,
         given: dict[str, Any],
         workers: int | None,
         shard: tuple[int, int] | None,
@@ -129,6 +139,7 @@ class _Run:
         stop: threading.Event,
     ) -> None:
         self.source, self.root, self.given, self.shard, self.tell, self.stop = source, root, given, shard, tell, stop
+        self.as_list = as_list  # root and kind of a list; None: the source is a folder or a media file
         self.workers = workers or _cpus()
         self.began = time.monotonic()
         self.pool: Pool | None = None
@@ -139,7 +150,7 @@ class _Run:
         self.tasks_done = self.tasks_planned = 0
 
     def all(self, retry_failed: bool, changed: bool, moved: bool) -> Summary:
-        listing = read_source(self.source, exclude=[self.root])
+        listing = self._listing()
         self.folder = listing.root
         real = Path(os.path.realpath(self.root))
         if real == self.folder or real in self.folder.parents:
@@ -164,6 +175,13 @@ class _Run:
         finally:
             self._close_pool()
         return self.summary
+
+    def _listing(self) -> Listing:
+        if self.as_list is None:
+            return read_source(self.source, exclude=[self.root])
+        listing, report = read_list(self.source, *self.as_list)
+        self.summary.listed = str(report)
+        return listing
 
     def interrupted(self) -> InterruptedRun:
         self._close_pool()
@@ -233,6 +251,9 @@ class _Run:
         if retry_failed and self.ledger.pending():
             retry_failed = False  # or an interrupted retry, repeated, would differ from one that was not
             self.summary.note = "an interrupted ingest was finished first: repeat --retry-failed for what failed in it"
+        if stale := [e.key for e in listing.entries if self._columns_differ(e)]:
+            words = f"{len(stale)} videos, e.g. {stale[0]}, were planned with other columns than this list gives them"
+            self.summary.note = f"{words}: those of the store stay; a new STORE takes the list's"
         wanted = [e for e in listing.entries if self._wanted(e, retry_failed, changed)]
         self.tell(events.Listed(len(listing.entries), len(wanted), listing.skipped))
         probed = list(self._probe(wanted))
@@ -251,6 +272,10 @@ class _Run:
         if not known.committed or known.true_seconds() is not None:
             return False  # planned already, or about to be planned with its true length
         return (retry_failed and known.status == "failed") or (changed and known.size != entry.size)
+
+    def _columns_differ(self, entry: Entry) -> bool:
+        known = self.ledger.known.get(entry.key) if self.as_list is not None else None
+        return known is not None and not entry.columns.items() <= known.columns().items()
 
     def _probe(self, entries: list[Entry]) -> Iterator[tuple[Probed, bool]]:
         """Each entry as probed, and whether it has a picture."""
@@ -389,9 +414,7 @@ class _Run:
 
     # Children
 
-    def _job(
-        self, kind: str, path: str, start: str | None, end: str | None, cpu: float, slot: int, number: int
-    ) -> Job:
+    def _job(self, kind: str, path: str, start: str | None, end: str | None, cpu: float, slot: int, number: int) -> Job:
         spool = temporary(self.root / "waveform" / f"video-{number}")
         return Job(kind, os.path.join(self.folder, decode_path(path)), str(spool), cpu, slot, start, end)
 

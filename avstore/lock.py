@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from avstore.durable import machine_errors
+from avstore.durable import MACHINE_ERRNOS, machine_errors
 from avstore.errors import ConflictError, MachineError
 
 
@@ -142,6 +142,9 @@ def require_locks(root: Path) -> None:
     except MachineError:
         raise
     except OSError as e:
+        if e.errno in MACHINE_ERRNOS:  # a full disk says nothing about locks
+            with machine_errors(probe):
+                raise
         raise MachineError(
             f"a store cannot be made on {filesystem_of(root)}",
             f"{what} does not work there: {e.strerror or e}",

@@ -1,0 +1,51 @@
+"""An ingest in a process of its own, for tests that kill it: `python ingest_process.py SOURCE STORE`.
+
+DIE_AT=n: the process kills itself (SIGKILL) right before the n-th call that changes the disk; DIE_AFTER=1: right after.
+Prints the number of such calls at the end.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Any
+
+from avstore.ingest import ingest
+
+CALLS = ("open", "fsync", "rename", "link", "unlink", "mkdir", "ftruncate", "rmdir")
+OPTIONS: dict[str, Any] = {
+    "size": (32, 48),
+    "fps": 8,
+    "sample_rate": 8000,
+    "front_ends": ("crisscross-mel80",) if os.environ.get("FRONT_END") else (),
+    "shard_seconds": 8,
+}
+
+
+def main() -> None:
+    count, at = 0, int(os.environ.get("DIE_AT", "0"))
+    after = bool(os.environ.get("DIE_AFTER"))
+
+    def counted(real: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count == at and not after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            try:
+                return real(*args, **kwargs)
+            finally:
+                if count == at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        return call
+
+    for name in CALLS:
+        setattr(os, name, counted(getattr(os, name)))
+    summary = ingest(sys.argv[1], sys.argv[2], workers=int(os.environ.get("WORKERS", "2")), **OPTIONS)
+    print(count, summary.ok, summary.failed)
+
+
+if __name__ == "__main__":
+    main()
