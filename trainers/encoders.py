@@ -32,7 +32,8 @@ class TimePaddedConv3d(nn.Conv3d):
 
     With oneDNN and bf16, Conv3d with padding in time returns wrong weight gradients (often inf) wherever its temporal
     kernel is larger than the number of frames it sees, which every 8-frame R(2+1)D reaches in conv4x. Zeros appended
-    with F.pad give the same function and the right gradients.
+    with F.pad give the same function and the right gradients. A map smaller than the kernel in space (1 x 1 at
+    stride 2: measured inf too) is padded by hand as well.
     """
 
     def __init__(
@@ -42,9 +43,10 @@ class TimePaddedConv3d(nn.Conv3d):
         self.time_padding = kernel[0] // 2
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.time_padding:
-            x = F.pad(x, (0, 0, 0, 0, self.time_padding, self.time_padding))
-        return super().forward(x)
+        t, (_, h, w) = self.time_padding, self.padding
+        if x.shape[3] >= self.kernel_size[1] and x.shape[4] >= self.kernel_size[2]:
+            return super().forward(F.pad(x, (0, 0, 0, 0, t, t)) if t else x)
+        return F.conv3d(F.pad(x, (w, w, h, h, t, t)), self.weight, None, self.stride)
 
 
 class _Residual(nn.Module):
