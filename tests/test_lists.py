@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import avstore
 from avstore.errors import AvstoreError, NotFoundError, UsageError
+from avstore.ingest import ingest
 from avstore.lists import columns_from_list, is_list, read_classes, read_list
 from avstore.official_lists import KINDS, detect
+from tests.ingest_media import digest, write_wav
 from tests.tiny_store import Tiny, make_store
 
 
@@ -470,3 +474,49 @@ def test_fractions_of_a_list_are_exact() -> None:
     from avstore.official_lists import time_of
 
     assert time_of("l:1", "0.1") == Fraction(1, 10) and time_of("l:1", "7/3") == Fraction(7, 3)
+
+
+# Ingested
+
+
+def test_ingest_takes_a_list(tmp_path: Path) -> None:
+    media = tmp_path / "media"
+    media.mkdir()
+    samples = write_wav(media / "a.wav", 4)
+    write_wav(media / "b.wav", 2, seed=1)
+    path = write(
+        tmp_path, "set.csv", "path,start,end,label,fold\na.wav,0,1,x,1\na.wav,1.5,3,y,2\nb.wav,,,z,1\nc.wav,,,w,3\n"
+    )
+    store = tmp_path / "s.zarr"
+    summary = ingest(path, store, root=media, sample_rate=8000, front_ends=())
+    assert (summary.ok, summary.failed, summary.new) == (3, 0, 3)
+    assert summary.skipped == [("c.wav", "in the list, but not under media")]
+    assert summary.listed == "plain list: 4 rows, 3 videos found, 1 missing"
+    opened = avstore.open(store)
+    assert opened.columns == ["fold", "label", "split"]
+    cut = int(opened.find(["a.wav#3/2-3"])[0])
+    assert opened.column("label", [cut]) == ["y"] and opened.seconds(cut) == Fraction(3, 2)
+    np.testing.assert_array_equal(opened.waveform(cut)[0], samples[12000:24000])
+    assert sorted(opened.key(n) for n in opened.select(where=["fold=1"]).numbers) == ["a.wav#0-1", "b.wav"]
+    before = digest(store)
+    again = ingest(path, store, root=media, sample_rate=8000, front_ends=())
+    assert (again.new, again.done, again.note) == (0, 0, None) and digest(store) == before
+    path.write_text(path.read_text().replace("b.wav,,,z,1", "b.wav,,,other,1"))
+    again = ingest(path, store, root=media, sample_rate=8000, front_ends=())
+    assert "1 videos, e.g. b.wav, were planned with other columns" in (again.note or "") and digest(store) == before
+
+
+def test_ingest_takes_an_official_list(shared: Path, tmp_path: Path) -> None:
+    root = tmp_path / "ucf"
+    (root / "Diving").mkdir(parents=True)
+    name = "v_Diving_g01_c01.avi"
+    shutil.copyfile(shared / "ucf" / "Diving" / name, root / "Diving" / name)
+    summary = ingest(shared / "lists" / "ucf101", tmp_path / "ucf.zarr", root=root, size=(32, 48), front_ends=())
+    assert (summary.ok, len(summary.skipped)) == (1, 13319)
+    store = avstore.open(tmp_path / "ucf.zarr")
+    assert [store.column(c) for c in ("label", "split", "split2", "target")] == [
+        ["Diving"],
+        ["test"],
+        ["train"],
+        ["26"],
+    ]
