@@ -128,7 +128,8 @@ def verify(
     tell(_metadata(root, spec, shards))
     report.stray = sorted(_stray(root, spec))
     wanted = {record_path(root, t.number).name for p in plans for t in p.tasks}
-    for name in sorted(os.listdir(root / "commits")) if (root / "commits").is_dir() else ():
+    usable = len(plans) == len(list((root / "plans").glob("*.json")))  # else it cannot be told whose a record is
+    for name in sorted(os.listdir(root / "commits")) if (root / "commits").is_dir() and usable else ():
         if name not in wanted and ".tmp." not in name:
             tell([Fault(f"commits/{name}", "a record of a task that no plan has")])
     work = []

@@ -1,0 +1,1 @@
+"""The command line: words only. Every command imports what it needs inside its body."""

@@ -1,0 +1,41 @@
+"""`avstore demo`: the generated media on which everything can be tried."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cli import console
+
+
+def demo(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where the clips go; made again only if missing.")],
+    train: Annotated[int, typer.Option(help="Training clips.")] = 300,
+    test: Annotated[int, typer.Option(help="Test clips.")] = 100,
+    seconds: Annotated[float, typer.Option(help="Length of a clip.")] = 3.0,
+    seed: Annotated[int, typer.Option(help="Of everything in the set.")] = 0,
+    workers: Annotated[int | None, typer.Option(help="Processes. Default: the CPUs.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be made; write nothing.")] = False,
+) -> None:
+    """Generate an audio-visual demo set: eight classes whose sight and sound share hidden causes."""
+    import os
+
+    from benchmarks.demo_set import generate
+
+    if dry_run:
+        console.say(f"{train + test} clips of {seconds:g} s, about {console.size((train + test) * 37e3 * seconds / 3)}")
+        return
+    with console.Progress("demo", "clips") as progress:
+        generate(
+            folder,
+            train=train,
+            test=test,
+            seed=seed,
+            seconds=seconds,
+            workers=workers or os.cpu_count() or 1,
+            progress=lambda done, total: progress.update(done, total),
+        )
+    console.say(f"{folder}: {train} training and {test} test clips")
+    console.say(f"next: avstore ingest {folder}")

@@ -1,0 +1,232 @@
+"""`avstore ingest`: a folder of media into a store."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from avstore.errors import UsageError, did_you_mean
+from cli import console
+from cli.choose import number_pair
+
+if TYPE_CHECKING:
+    from avstore.events import Event, Summary
+
+SHOWN = 10  # failures and oddities named one by one
+
+
+def ingest(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="A folder, read recursively, or one file.")],
+    store: Annotated[Path | None, typer.Argument(metavar="[STORE]", help="Default: <name of SRC>.zarr here.")] = None,
+    profile: Annotated[
+        str | None, typer.Option(help="112: 128x176 at 16 fps (default); 224: 256x352 at 16 fps.")
+    ] = None,
+    size: Annotated[str | None, typer.Option(metavar="HxW", help="Frame size, multiples of 16, H <= W.")] = None,
+    fps: Annotated[int | None, typer.Option(help="Frames per second of the tape.")] = None,
+    sample_rate: Annotated[int | None, typer.Option(help="Hz of the sound, mono. Default 24000.")] = None,
+    quality: Annotated[int | None, typer.Option(help="JPEG quality, 1 to 100. Default 90.")] = None,
+    front_end: Annotated[
+        list[str] | None,
+        typer.Option(help="Spectrogram to store, repeatable; `none`: none. Default crisscross-mel80."),
+    ] = None,
+    fit: Annotated[str | None, typer.Option(help="short (default), pad or stretch.")] = None,
+    codec: Annotated[str | None, typer.Option(help="jpeg (default) or raw.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Decoding processes. Default: the CPUs.")] = None,
+    shard: Annotated[
+        str | None, typer.Option(metavar="i/n", help="Only this share of the tasks; others do the rest.")
+    ] = None,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try failed files again.")] = False,
+    changed: Annotated[bool, typer.Option("--changed", help="Also files that have another size now.")] = False,
+    moved: Annotated[bool, typer.Option("--moved", help="The source folder has another path now.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Events and the summary as JSON lines on stdout.")] = False,
+) -> None:
+    """Decode videos once into a store. Repeating the command resumes; new files are appended."""
+    import signal
+    import threading
+
+    import avstore
+
+    options: dict[str, Any] = {
+        "fps": fps,
+        "sample_rate": sample_rate,
+        "quality": quality,
+        "fit": fit,
+        "codec": codec,
+        "front_ends": None if not front_end else () if front_end == ["none"] else tuple(front_end),
+    }
+    given = {k: v for k, v in options.items() if v is not None}
+    picture = _size(size) if size else None
+    share = number_pair(shard, "--shard") if shard else None
+    if dry_run:
+        _preview(source, store, profile, picture, given, json)
+        return
+    show = _Show(json)
+    stop = threading.Event()
+    before = signal.getsignal(signal.SIGTERM)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: stop.set())  # as Slurm ends jobs: stop cleanly
+    try:
+        with show.progress:
+            summary = avstore.ingest(
+                source,
+                store,
+                profile=profile,
+                size=picture,
+                workers=workers,
+                shard=share,
+                retry_failed=retry_failed,
+                changed=changed,
+                moved=moved,
+                on_event=show,
+                stop=stop,
+                **given,
+            )
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
+    show.end(summary)
+    if summary.exit_code:
+        raise typer.Exit(summary.exit_code)
+
+
+def _size(text: str) -> tuple[int, int]:
+    height, x, width = text.lower().partition("x")
+    if not x or not height.isdigit() or not width.isdigit():
+        raise UsageError(f"--size {text!r}", "height x width in pixels", "e.g. --size 128x176")
+    return int(height), int(width)
+
+
+class _Show:
+    """Turns the events of an ingest into progress lines, or JSON lines."""
+
+    def __init__(self, json: bool) -> None:
+        self.json = json
+        self.progress = console.Progress("ingest", "files")
+        self.total = self.done = self.failed = 0
+        self.media = 0.0
+
+    def __call__(self, event: Event) -> None:
+        from avstore import events
+
+        if self.json:
+            console.as_json({"event": type(event).__name__, **event.__dict__})
+        if isinstance(event, events.Listed):
+            console.say(f"{event.files} files, {event.new} of them new")
+        elif isinstance(event, events.Waiting):
+            console.say(f"waiting: {console.visible(event.holder.get('host', 'another process'))} is planning")
+        elif isinstance(event, events.Probed):
+            self.progress.stage_is("probe")
+            self.progress.update(event.done, event.total)
+        elif isinstance(event, events.Planned):
+            console.say(f"planned {event.videos} videos, {console.duration(event.seconds)}, in {event.tasks} tasks")
+        elif isinstance(event, events.Started):
+            self.progress.stage_is("ingest")
+            self.total, self.done = event.videos, 0
+        elif isinstance(event, events.VideoDone):
+            self.done += 1
+            self.media += event.seconds
+            self.failed += event.reason is not None
+            self.total = max(self.total, self.done)
+            self.progress.update(self.done, self.total, media=self.media, failed=self.failed)
+
+    def end(self, s: Summary) -> None:
+        if self.json:
+            value = {**s.__dict__, "reasons": dict(s.reasons), "exit_code": s.exit_code}
+            console.as_json({"event": "Summary", **value})
+        state = (
+            f"{s.ok} ok" + (f", {s.failed} failed" if s.failed else "") + (f", {s.pending} to do" if s.pending else "")
+        )
+        if s.done:
+            rate = f"{s.done / max(s.wall, 1e-9):.3g} files/s, {s.seconds / max(s.wall, 1e-9):.3g} x real time"
+            console.say(
+                f"{s.store}: {state}; {s.done} done in {console.duration(s.wall)} ({rate}), {console.size(s.size)}"
+            )
+        else:
+            console.say(f"{s.store}: {state}; nothing was left to do")
+        if s.note:
+            console.warn(console.visible(s.note))
+        if s.skipped:
+            console.say(
+                f"{len(s.skipped)} other files were not tried, e.g. {_list(f'{p} ({w})' for p, w in s.skipped[:3])}"
+            )
+        if s.failed:
+            console.warn("failed: " + ", ".join(f"{n} {reason}" for reason, n in sorted(s.reasons.items())))
+            for key, reason, message in s.failures[:SHOWN]:
+                console.say(f"  {console.visible(key)}: {reason}{f', {console.visible(message)}' if message else ''}")
+            if s.failed > SHOWN:
+                console.say(f"  ... avstore ls {s.store} --failed lists all")
+        for word, keys, what in (
+            ("changed", s.changed, "--changed ingests them again"),
+            ("gone from the source", s.removed, "they stay in the store"),
+        ):
+            if keys:
+                console.warn(f"{len(keys)} files are {word}, e.g. {_list(keys[:3])}: {what}")
+        if s.ok and not s.pending:
+            console.say(f"next: avstore train avid-cma {s.store}")
+
+
+def _list(texts: Any) -> str:
+    return ", ".join(console.visible(t) for t in texts)
+
+
+def _preview(
+    source: Path,
+    store: Path | None,
+    profile: str | None,
+    size: tuple[int, int] | None,
+    given: dict[str, Any],
+    json: bool,
+) -> None:
+    """What an ingest would find: counts, bytes, what is new, free disk. Nothing is probed, nothing is written."""
+    import shutil
+    from collections import Counter
+
+    from avstore.groups import is_store
+    from avstore.sources import read_source
+    from avstore.spec import PROFILES, Spec
+    from avstore.store import open as open_store
+
+    name = source.resolve().stem if source.is_file() else source.resolve().name
+    root = store if store is not None else Path(f"{name}.zarr")
+    listing = read_source(source, [root])
+    if is_store(root):
+        spec = open_store(root).spec
+        known = set(open_store(root).keys)
+    else:
+        if profile is not None and profile not in PROFILES:
+            raise UsageError(f"no profile {profile!r}", did_you_mean(profile, PROFILES))
+        height, width, fps = PROFILES[profile or "112"]
+        if size is not None:
+            height, width = size
+        spec, known = Spec(**{"height": height, "width": width, "fps": fps, **given}), set()
+    folder = root.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    kinds = Counter(os.path.splitext(e.path)[1].lower() or "(none)" for e in listing.entries)
+    value = {
+        "store": str(root),
+        "spec": spec.to_json(),
+        "files": len(listing.entries),
+        "new": sum(e.key not in known for e in listing.entries),
+        "bytes": sum(e.size for e in listing.entries),
+        "suffixes": dict(kinds.most_common()),
+        "skipped": len(listing.skipped),
+        "free": shutil.disk_usage(folder).free,
+    }
+    if json:
+        console.as_json(value)
+        return
+    console.pairs(
+        [
+            ("store", root),
+            ("clock", spec.clock),
+            ("files", f"{value['files']}, {value['new']} new, {console.size(sum(e.size for e in listing.entries))}"),
+            ("suffixes", ", ".join(f"{n} {k}" for k, n in kinds.most_common())),
+            ("not tried", len(listing.skipped)),
+            ("free disk", console.size(shutil.disk_usage(folder).free)),
+        ]
+    )
