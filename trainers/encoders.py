@@ -40,10 +40,9 @@ class TimePaddedConv3d(nn.Conv3d):
         self, inputs: int, outputs: int, kernel: tuple[int, int, int], stride: tuple[int, int, int] = (1, 1, 1)
     ) -> None:
         super().__init__(inputs, outputs, kernel, stride, padding=(0, kernel[1] // 2, kernel[2] // 2), bias=False)
-        self.time_padding = kernel[0] // 2
 
     def forward(self, x: Tensor) -> Tensor:
-        t, (_, h, w) = self.time_padding, self.padding
+        t, h, w = (k // 2 for k in self.kernel_size)
         if x.shape[3] >= self.kernel_size[1] and x.shape[4] >= self.kernel_size[2]:
             return super().forward(F.pad(x, (0, 0, 0, 0, t, t)) if t else x)
         return F.conv3d(F.pad(x, (w, w, h, h, t, t)), self.weight, None, self.stride)
