@@ -131,7 +131,8 @@ def _walk(root: Path, exclude: set[str]) -> tuple[list[bytes], list[tuple[str, s
     files: list[bytes] = []
     skipped: list[tuple[str, str]] = []
     seen: set[tuple[int, int]] = set()
-    folders, links = [b""], []
+    folders: list[bytes] = [b""]
+    links: list[bytes] = []
     while folders or links:
         linked = not folders
         if linked:

@@ -31,7 +31,8 @@ def _faulty(file, *args, **kwargs):
     if first and "bad-disk" in name: raise OSError(5, "Input/output error")
     if first and "secret" in name: raise PermissionError(13, "Permission denied")
     if "slow" in name: time.sleep(0.3)
-    if ".tmp." in name and args[:1] == ("wb",) and os.environ.get("FULL_DISK"): raise OSError(28, "No space left on device")
+    if ".tmp." in name and args[:1] == ("wb",) and os.environ.get("FULL_DISK"):
+        raise OSError(28, "No space left on device")
     return _open(file, *args, **kwargs)
 builtins.open = _faulty
 """

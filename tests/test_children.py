@@ -41,7 +41,8 @@ def clips(tiny_media: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     good = min(tiny_media.rglob("*.mp4"))
     folder = tmp_path / "clips"
     folder.mkdir()
-    for name in ["a", "b", "c", "segv", "once-segv", "killed", "once-killed", "leaves", "spins", "hangs", "once-hungry", "bad-disk", "secret", "slow"]:
+    names = "a b c segv once-segv killed once-killed leaves spins hangs once-hungry bad-disk secret slow"
+    for name in names.split(" "):
         (folder / f"{name}.mp4").write_bytes(good.read_bytes())
     return folder
 
