@@ -414,7 +414,11 @@ class Job:
             raise DecodeFailed("too_large", f"{float(seconds):.0f} s long, {spec.max_seconds} s are allowed")
         if seconds > self.slot:
             raise DecodeFailed("longer_than_planned", f"longer than its {self.slot} s", seconds)
-        return self._facts(ceil(seconds * spec.sample_rate), audio_stream=audio.index)
+        samples = ceil(seconds * spec.sample_rate)
+        if self.length is None:  # the resampler rounds its last samples; they are what there is
+            sound.hand_out(sound.most)
+            samples = max(sound.at, 1)
+        return self._facts(samples, audio_stream=audio.index)
 
     def _check_shown(self, pictures: Pictures, tally: Tally) -> None:
         """A damaged file is `unreadable` unless 90 % of the rows that its packets promise show the right picture."""
@@ -451,6 +455,7 @@ class Job:
             sound_end=sound.end,
             silent=sound.silent,
             errors=errors,
-            sound_dropped=sound.before + sound.beyond,
+            sound_dropped=(0 if self.start else sound.before)
+            + (0 if self.end else sound.beyond),  # cut off is not lost
             **known,
         )

@@ -2,8 +2,8 @@
 
 Row k shows the newest source frame with pts <= k / fps, compared in integers. Colours: the matrix is the one that the
 stream names (BT.709, FCC, BT.601 in its spellings, SMPTE 240M, BT.2020), else BT.709 from 720 lines on and BT.601
-below; range as named, else limited, full for `yuvj`; no tone mapping, alpha is left out. swscale works bilinear into
-planar RGB: its packed RGB is about 1.5 levels too dark (measured), and slower.
+below; range as named, else full for `yuvj` and grey, limited for the rest; no tone mapping, alpha is left out.
+swscale works bilinear into planar RGB: its packed RGB is about 1.5 levels too dark (measured), and slower.
 """
 
 from __future__ import annotations
@@ -145,12 +145,12 @@ class Pictures:
         self._pending = None
 
     def rate(self) -> Fraction | None:
-        """Frames per second by the timestamps: their median step; where all steps agree within a tick, their mean,
-        which the container's rounding does not bias."""
+        """Frames per second by the timestamps: their median step; where all steps agree within a tick that is small
+        beside them, their mean, which the container's rounding does not bias."""
         if len(self.seen) < 2:
             return None
         steps = np.diff(np.frombuffer(self.seen, np.int64))
-        if steps.max() - steps.min() <= 1:
+        if steps.max() - steps.min() <= 1 and steps.min() > 8:
             rate = (len(self.seen) - 1) / ((self.seen[-1] - self.seen[0]) * self.base)
         else:
             rate = 1 / (Fraction(float(np.median(steps))) * self.base)
@@ -187,11 +187,12 @@ class Pictures:
         if how is None:
             how = self._fits[width, height] = self._fit(frame)
         name = frame.format.name
-        if frame.format.is_rgb or name == "pal8":
+        if frame.format.is_rgb or name.startswith(("pal", "mono")):
             space, reach = None, None
         else:
             space = MATRICES.get(int(frame.colorspace), 1 if height >= 720 else 5)
-            reach = 2 if int(frame.color_range) == 2 or name.startswith("yuvj") else 1
+            named = int(frame.color_range)
+            reach = named if named in (1, 2) else 2 if name.startswith(("yuvj", "gray", "ya")) else 1
         small = self._scaler.reformat(
             frame,
             how.scale[0],

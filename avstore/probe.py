@@ -20,10 +20,10 @@ from avstore.errors import MachineError
 from avstore.records import REASONS
 from avstore.spec import Spec
 
-# Containers whose header states a duration. FFmpeg reads that of the next group from the last timestamps, which cannot
-# promise more than there is, and guesses that of all others from a bit rate.
+# Containers whose header states a duration. That of the next group is read from the last page, which cannot promise
+# more than there is. For all others FFmpeg guesses, from a bit rate or the last packets: there all packets are scanned.
 STATES = {"mov", "matroska", "avi", "flv", "asf", "wav", "w64", "flac", "aiff", "caf", "au", "nut", "mxf"}
-FROM_TIMESTAMPS = {"mpeg", "mpegts", "ogg", "gif"}
+FROM_LAST_PAGE = {"ogg"}
 ABSOLUTE = {"matroska", "flv"}  # their one duration is the end on the file's own clock, of whatever stream is longest
 
 
@@ -160,6 +160,8 @@ def stated_end(container: Any, stream: Any) -> tuple[Fraction | None, bool]:
         return (None if seconds is None else first_time(stream) + seconds), True
     if name not in STATES:
         return None, False
+    if name in ("avi", "wav") and (cut := riff_seconds(Path(container.name), stream)) is not None:
+        return first_time(stream) + cut, True
     if name not in ABSOLUTE and stream.duration:
         return first_time(stream) + stream.duration * stream.time_base, True
     if not container.duration:
@@ -184,6 +186,28 @@ def xing_seconds(path: Path, stream: Any) -> Fraction | None:
             if count and rate:
                 return Fraction(count * (1152 if rate >= 32000 else 576), rate)
     return None
+
+
+def riff_seconds(path: Path, stream: Any) -> Fraction | None:
+    """Seconds that an AVI or WAV header states, where the file is shorter than its RIFF says; else None.
+
+    FFmpeg answers with what is left of such a file, so that the cut would not show. Writers that could not seek back
+    leave 0 or something close to 2 or 4 GiB: that states nothing.
+    """
+    with open(path, "rb") as f:
+        head = f.read(1 << 16)
+    size, whole = path.stat().st_size, 8 + int.from_bytes(head[4:8], "little")
+    if head[:4] != b"RIFF" or size >= whole or whole > 0x7FFF0000:
+        return None
+    if head[8:12] != b"AVI ":
+        return stream.duration * stream.time_base * Fraction(whole, size) if stream.duration else None
+    at = -1
+    for _ in range(stream.index + 1):  # stream headers: type 4, handler 4, 12 more, scale, rate, start, length
+        at = head.find(b"strh", at + 1)
+        if at < 0:
+            return None
+    scale, rate, _, length = (int.from_bytes(head[at + 8 + k : at + 12 + k], "little") for k in (20, 24, 28, 32))
+    return Fraction(length * scale, rate) if scale and rate and length else None
 
 
 def scan(container: Any, stream: Any) -> tuple[Fraction, Fraction, int]:
@@ -242,7 +266,7 @@ def _length(path: Path, container: Any, stream: Any, spec: Spec, at_least: Fract
         tag = _clock(stream.metadata.get("DURATION", ""))
         if tag:
             seconds = min(Fraction(container.duration, 1_000_000), tag)
-    if seconds is None and name in FROM_TIMESTAMPS and stream.duration:
+    if seconds is None and name in FROM_LAST_PAGE and stream.duration:
         estimate = stream.duration * stream.time_base
         if at_least < estimate <= spec.max_seconds:
             return estimate, False

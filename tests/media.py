@@ -41,7 +41,9 @@ def picture(size: tuple[int, int], white: bool, level: int = 40) -> np.ndarray:
     return out
 
 
-def tone(seconds: float, beep: float | None, rate: int, channels: int = 1, loud: Sequence[float] = (0.5,)) -> np.ndarray:
+def tone(
+    seconds: float, beep: float | None, rate: int, channels: int = 1, loud: Sequence[float] = (0.5,)
+) -> np.ndarray:
     """float32 (channels, samples): the beep at `loud[c]` in channel c (the last value for those beyond)."""
     t = np.arange(round(seconds * rate)) / rate
     one = np.zeros_like(t)
@@ -73,14 +75,17 @@ def make_clip(
     aspect: Fraction | None = None,
     times: Sequence[float] | None = None,
     gop: int = 12,
+    noise: bool = False,
     options: dict[str, str] | None = None,
 ) -> Path:
     """Writes a clip. `start`: both streams begin that late; `sound_start`: the sound later still; `times`: seconds of
-    each frame, for a variable rate; `rotation`: degrees counter-clockwise that a player must turn."""
+    each frame, for a variable rate; `noise`: in picture and sound, for files of some size; `rotation`: degrees
+    counter-clockwise that a player must turn."""
     default_v, default_a = CODECS[path.suffix]
     video = video and (vcodec or default_v) is not None
     with av.open(str(path), "w", format=FORMATS.get(path.suffix), options=options or {}) as out:
         packets = []
+        random = np.random.default_rng(0)
         if video:
             v = out.add_stream(vcodec or default_v, rate=fps)
             v.height, v.width = size
@@ -88,6 +93,8 @@ def make_clip(
             v.codec_context.thread_count = 1
             v.codec_context.gop_size = gop
             v.codec_context.bit_rate = 1_000_000
+            if (vcodec or default_v) in ("mpeg4", "mpeg2video"):
+                v.codec_context.max_b_frames = 0
             if aspect is not None:
                 v.codec_context.sample_aspect_ratio = aspect
             if (vcodec or default_v) == "libx264":
@@ -99,14 +106,21 @@ def make_clip(
             at = times if times is not None else [i / fps for i in range(round(seconds * fps))]
             bright = None if flash is None else min(range(len(at)), key=lambda i: abs(at[i] - flash))
             for i, t in enumerate(at):
-                frame = av.VideoFrame.from_ndarray(picture(size, i == bright), "rgb24")
-                frame.pts, frame.time_base = round((t + start) / clock), clock
+                shown = picture(size, i == bright)
+                if noise:
+                    shown = shown // 2 + random.integers(0, 120, shown.shape, np.uint8)
+                frame = av.VideoFrame.from_ndarray(shown, "rgb24")
+                frame.pts, frame.time_base = int((t + start) / clock + Fraction(1, 2)), clock
                 packets += [(p.dts * p.time_base, 0, p) for p in v.encode(frame)]
             packets += [(p.dts * p.time_base, 0, p) for p in v.encode(None)]
         if audio:
+            if (acodec or default_a) == "libopus" and sample_rate not in (8000, 12000, 16000, 24000, 48000):
+                sample_rate = 48000  # Opus knows no other rates
             layout = {1: "mono", 2: "stereo", 6: "5.1"}[channels]
             a = out.add_stream(acodec or default_a, rate=sample_rate, layout=layout)
             data = tone(seconds, beep, sample_rate, channels, loud)
+            if noise:
+                data += 0.1 * random.standard_normal(data.shape, np.float32)
             form = a.codec_context.format.name if a.codec_context.format else "fltp"
             resampler = av.AudioResampler(form, layout, sample_rate, frame_size=a.codec_context.frame_size or 1024)
             frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(data), "fltp", layout)
