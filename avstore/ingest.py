@@ -455,12 +455,16 @@ class _Run:
                 str(header["message"]),
                 "check the disk, then repeat the command: it goes on where it stopped",
             )
-        if header["failed"] in ("unreadable", "no_streams", "truncated"):
-            require_root(self.folder)
+        require_root(self.folder)
+        full = os.path.join(self.folder, decode_path(path))
+        if header.get("gone") and os.path.exists(full):
+            raise MachineError(
+                f"{path} was away for a moment", "the source folder was not there", "repeat the command: it goes on"
+            )
         message = header.get("message")
         if message is None:
             return header["failed"], None
-        for outside in (os.path.join(self.folder, decode_path(path)), str(self.folder) + "/"):
+        for outside in (full, str(self.folder) + "/"):
             message = message.replace(outside, "" if outside.endswith("/") else path)
         return header["failed"], _plain(" ".join(message.split()))[:500]
 

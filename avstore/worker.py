@@ -8,6 +8,7 @@ committed: whatever it does, crash included, costs the parent one video at most.
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
 import queue
@@ -153,11 +154,11 @@ def answer(job: dict[str, Any], spec: Spec) -> tuple[dict[str, Any], bytearray |
         return {"machine": e.errno, "message": e.strerror, "where": job["spool"]}, None
     except Exception as e:
         failed = {"failed": "crashed", "message": f"{type(e).__name__}: {e}"}
-    # A disk that fails looks like a broken file to a demuxer: read the file once through before blaming it.
-    return _readable(job["path"], whole=True, machine_only=True) or failed, None
+    # A disk that fails, or a file that has just gone, looks like a broken file to a demuxer: read it once through.
+    return _readable(job["path"], whole=True) or failed, None
 
 
-def _readable(path: str, whole: bool, machine_only: bool = False) -> dict[str, Any] | None:
+def _readable(path: str, whole: bool) -> dict[str, Any] | None:
     """None where the file's bytes can be read; else the header of the failure."""
     try:
         with open(path, "rb", buffering=0) as f:
@@ -167,7 +168,8 @@ def _readable(path: str, whole: bool, machine_only: bool = False) -> dict[str, A
     except OSError as e:
         if e.errno in MACHINE_ERRNOS:
             return {"machine": e.errno, "message": e.strerror, "where": path}
-        return None if machine_only else {"failed": "unreadable", "message": e.strerror or str(e), "gone": True}
+        gone = e.errno in (errno.ENOENT, errno.ENOTDIR)
+        return {"failed": "unreadable", "message": e.strerror or str(e), "gone": gone}
 
 
 def _time(text: str | None) -> Fraction | None:
