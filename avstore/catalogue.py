@@ -7,6 +7,7 @@ cached on disk. It knows nothing of pixels; `avstore.store` cuts clips.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -36,6 +37,8 @@ INTRINSIC = (
     "has_sound",
     "has_picture",
 )
+
+SEGMENT = re.compile(r"(.*?)((?:#[0-9/.]*-[0-9/.]*)?)", re.DOTALL)  # a key: the path, and the segment of it
 
 
 class Catalogue:
@@ -163,13 +166,15 @@ class Catalogue:
         return by_frames if self.has_picture[number] else Fraction(int(self.samples[number]), self.spec.sample_rate)
 
     def find(self, keys: Iterable[str]) -> np.ndarray:
-        """Numbers, int64, of the current videos with these keys; a key without suffix, or its last part, serves where
+        """Numbers, int64, of the current videos with these keys; a key without suffix, segment or folders serves where
         it is unique. NotFoundError names the first that is not there."""
         exact = {self.keys[int(n)]: int(n) for n in self.current}
         short: dict[str, set[int]] = {}
         for key, number in exact.items():
-            stem = key.rsplit(".", 1)[0] if "." in key.rsplit("/", 1)[-1] else key
-            for name in {stem, key.rsplit("/", 1)[-1], stem.rsplit("/", 1)[-1]}:
+            file, segment = SEGMENT.fullmatch(key).groups()  # type: ignore[union-attr]  # it matches any text
+            stem = file.rsplit(".", 1)[0] if "." in file.rsplit("/", 1)[-1] else file
+            names = {file, stem, file.rsplit("/", 1)[-1], stem.rsplit("/", 1)[-1]}
+            for name in names | {name + segment for name in names if segment}:
                 short.setdefault(name, set()).add(number)
         out = []
         for key in keys:
