@@ -34,18 +34,19 @@ install: $(VENV)/.installed
 
 DEMO  := demo
 STORE := $(DEMO)/demo.zarr
-RUN   := $(DEMO)/runs/avid-cma
+RUNS  := $(DEMO)/runs
 CLIP  := $(DEMO)/media/test/bounce-drum/0000.mp4
 
 demo: $(VENV)/.installed
 	$(AVSTORE) demo $(DEMO)/media
 	$(AVSTORE) ingest $(DEMO)/media $(STORE)
-	$(AVSTORE) train avid-cma --store $(STORE) --preset tiny --run $(RUN)
-	$(AVSTORE) embed $(RUN) $(STORE)
-	$(AVSTORE) bench retrieval --store $(STORE) --run $(RUN)
-	$(AVSTORE) query --store $(STORE) --video $(CLIP) -k 5
-	$(AVSTORE) query --store $(STORE) --audio $(CLIP) -k 5
-	$(AVSTORE) query --store $(STORE) --audio $(CLIP) --to video -k 5
+	$(AVSTORE) train avid-cma $(STORE) --preset tiny --run $(RUNS)/avid-cma
+	$(AVSTORE) embed $(RUNS)/avid $(STORE)
+	$(AVSTORE) embed $(RUNS)/avid-cma $(STORE)
+	$(AVSTORE) bench retrieval $(STORE) --run $(RUNS)/avid --run $(RUNS)/avid-cma
+	$(AVSTORE) query $(STORE) --run avid-cma --video $(CLIP)
+	$(AVSTORE) query $(STORE) --run avid-cma --audio $(CLIP)
+	$(AVSTORE) query $(STORE) --run avid-cma --audio $(CLIP) --to video
 
 # ---- tests
 
