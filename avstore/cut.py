@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 import threading
-from itertools import pairwise
 
 import numpy as np
+from google_crc32c import value as crc32c
+from simplejpeg import decode_jpeg
 
-from avstore.codecs import MISSING, crc32c
+from avstore.codecs import MISSING
 from avstore.errors import CorruptError
 from avstore.shard import Reader
 from avstore.spec import ArraySpec
@@ -21,6 +22,7 @@ from avstore.spec import ArraySpec
 SPARSE = 4  # read rows one by one when a contiguous read would fetch more than this many times what is wanted
 REPAIR = "avstore verify STORE --repair makes the video again from its source"
 
+RESIDUE = 0x48674BC7  # CRC-32C of any bytes followed by their own CRC-32C, little-endian
 _MISSING = int(MISSING)
 _local = threading.local()
 
@@ -42,13 +44,9 @@ def damaged(array: ArraySpec, row: int, why: str) -> CorruptError:
 
 def spans(chunks: list[int], per_shard: int) -> list[tuple[int, int, int]]:
     """(shard, start, stop) runs of `chunks`, absolute inner chunk numbers in any order, that rise inside one shard."""
-    n = len(chunks)
-    if not n:
-        return []
-    first = chunks[0] // per_shard
-    if chunks[-1] // per_shard == first and all(a <= b for a, b in pairwise(chunks)):
-        return [(first, 0, n)]
-    out, start = [], 0
+    out, start, n = [], 0, len(chunks)
+    if n and chunks[0] // per_shard == chunks[-1] // per_shard and chunks == list(range(chunks[0], chunks[0] + n)):
+        return [(chunks[0] // per_shard, 0, n)]  # as a rule
     for i in range(1, n + 1):
         if i == n or chunks[i] // per_shard != chunks[start] // per_shard or chunks[i] < chunks[i - 1]:
             out.append((chunks[start] // per_shard, start, i))
@@ -59,20 +57,18 @@ def spans(chunks: list[int], per_shard: int) -> list[tuple[int, int, int]]:
 def fetch(reader: Reader, array: ArraySpec, per_shard: int, shard: int, chunks: list[int]) -> list[np.ndarray | None]:
     """The bytes of rising inner chunks of one shard as views of this thread's scratch; None where one is missing."""
     key, first = array.key(shard), chunks[0]
-    entries = reader.index(key, first - shard * per_shard, chunks[-1] - first + 1, per_shard).tolist()
-    if len(entries) != len(chunks):
-        entries = [entries[c - first] for c in chunks]
-    there = [e for e in entries if e[0] != _MISSING]
-    if not there:
-        return [None] * len(chunks)
-    begin = min(offset for offset, _ in there)
-    length = max(offset + size for offset, size in there) - begin
-    wanted = sum(size for _, size in there)
-    if length <= SPARSE * wanted:
+    flat = reader.entries(key, first - shard * per_shard, chunks[-1] - first + 1, per_shard)
+    offsets, sizes = flat[::2], flat[1::2]
+    if len(offsets) != len(chunks):
+        offsets, sizes = tuple(offsets[c - first] for c in chunks), tuple(sizes[c - first] for c in chunks)
+    entries = list(zip(offsets, sizes, strict=True))
+    begin, length, wanted = offsets[0], offsets[-1] + sizes[-1] - offsets[0], sum(sizes)
+    # one read, as a rule: payloads rise with the tape, and a hole's offset is larger than any
+    if length <= SPARSE * wanted and offsets[-1] != _MISSING and list(offsets) == sorted(offsets):
         buffer = scratch(length)
         reader.read(key, begin, buffer)
-        return [None if o == _MISSING else buffer[o - begin : o - begin + size] for o, size in entries]
-    buffer, used = scratch(wanted), 0
+        return [buffer[o - begin : o - begin + size] for o, size in entries]
+    buffer, used = scratch(sum(size for offset, size in entries if offset != _MISSING)), 0
     out: list[np.ndarray | None] = []
     for offset, size in entries:
         if offset == _MISSING:
@@ -93,8 +89,6 @@ def cut_frames(
     CorruptError names the row when bytes are damaged (with `check`; without it a damaged JPEG may decode to wrong
     pixels) or missing.
     """
-    from simplejpeg import decode_jpeg
-
     raw = array.codecs[0]["name"] == "bytes"
     if raw and out.shape[1:] != array.row:
         raise CorruptError(
@@ -104,9 +98,10 @@ def cut_frames(
         )
     height, width = out.shape[1:3]
     chunks: list[int] = rows.tolist()
-    targets: list[int] = list(range(len(chunks)))
-    repeats = [i for i in range(1, len(chunks)) if chunks[i] == chunks[i - 1]]
-    if repeats:
+    n = len(chunks)
+    targets, repeats = list(range(n)), []
+    if len(set(chunks)) < n:
+        repeats = [i for i in range(1, n) if chunks[i] == chunks[i - 1]]
         again = set(repeats)
         targets = [i for i in targets if i not in again]
         chunks = [chunks[i] for i in targets]
@@ -114,17 +109,16 @@ def cut_frames(
         part, places = chunks[start:stop], targets[start:stop]
         if raw and _scatter_raw(reader, array, per_shard, shard, part, out, places, check):
             continue
-        for row, place, data in zip(part, places, fetch(reader, array, per_shard, shard, part), strict=True):
+        for place, row, data in zip(places, part, fetch(reader, array, per_shard, shard, part), strict=True):
             if data is None:
                 raise damaged(array, row, "the frame is missing from its shard")
-            body = data[:-4]
-            if check and crc32c(body) != int.from_bytes(data[-4:].tobytes(), "little"):
+            if check and crc32c(data) != RESIDUE:
                 raise damaged(array, row, "the checksum differs")
             try:
                 if raw:
-                    out[place] = np.frombuffer(body, np.uint8).reshape(array.row)
-                else:  # by position: data, colorspace, fastdct, fastupsample, min_height, min_width, min_factor, buffer
-                    decode_jpeg(body, "RGB", False, False, height, width, 1, out[place])
+                    out[place] = data[:-4].reshape(array.row)
+                else:  # height and width choose the scale; decoding stops at the picture's end, before the checksum
+                    decode_jpeg(data, "RGB", False, False, height, width, 1, out[place])
             except ValueError as e:
                 raise damaged(array, row, str(e)) from e
     for i in repeats:
@@ -146,9 +140,9 @@ def _scatter_raw(
     if scatter is None or chunks[-1] - chunks[0] + 1 != len(chunks):
         return False
     key = array.key(shard)
-    table = reader.index(key, chunks[0] - shard * per_shard, len(chunks), per_shard).tolist()
-    size, begin = math.prod(array.row) + 4, table[0][0]
-    if any(entry != [begin + i * size, size] for i, entry in enumerate(table)):
+    flat = reader.entries(key, chunks[0] - shard * per_shard, len(chunks), per_shard)
+    size, begin = math.prod(array.row) + 4, flat[0]
+    if flat[::2] != tuple(range(begin, begin + size * len(chunks), size)) or set(flat[1::2]) != {size}:
         return False
     sums = scratch(4 * len(chunks)).reshape(-1, 4)
     parts: list[np.ndarray] = []
@@ -181,7 +175,7 @@ def cut_rows(reader: Reader, array: ArraySpec, per_shard: int, first: int, out: 
                 out[a - first : b - first] = fill
                 continue
             body = data[:-4]
-            if crc32c(body) != int.from_bytes(data[-4:].tobytes(), "little"):
+            if crc32c(data) != RESIDUE:
                 raise damaged(array, chunk * inner, "the checksum differs")
             if len(body) != size:
                 raise damaged(array, chunk * inner, "a chunk has the wrong length")

@@ -44,7 +44,7 @@ from avstore.windows import Extents, frame_rows, picture_samples, spectrogram_ro
 # One row per video of the selection, int64, shared with the reader.
 COLUMNS = ("number", "place", "frames", "samples", "sound_start", "sound_end", "y", "x", "height", "width")
 AHEAD = 2  # steps planned, and announced to the kernel, before their slots are free
-PROBES = 4  # clips of a step that are looked up in the page cache before the whole step is announced
+PROBES = 2  # clips of a step that are looked up in the page cache before the whole step is announced
 
 TO_READER = struct.Struct("<cqqqQ")  # b"R" generation, first step, stop, slots still held | b"F" slot, 0, 0, 0
 TO_TRAINER = struct.Struct("<cqqq")  # b"S" generation, step, slot | b"E" generation, step, 0 + pickled (error, video)
@@ -345,11 +345,11 @@ class Filler:
             last = min(last, (shard + 1) * per - 1)
             key = array.key(shard)
             with contextlib.suppress(AvstoreError, OSError):  # whoever reads the clip will say what is wrong
-                table = self.reader.index(key, first - shard * per, last - first + 1, per)
-                there = table[table[:, 0] != MISSING].astype(np.int64)
-                if not len(there):
+                flat = self.reader.entries(key, first - shard * per, last - first + 1, per)
+                there = [i for i in range(0, len(flat), 2) if flat[i] != MISSING]
+                if not there:
                     continue
-                begin, end = int(there[0, 0]), int(there[-1].sum())
+                begin, end = flat[there[0]], flat[there[-1]] + flat[there[-1] + 1]
                 with self.reader.descriptor(key) as (fd, _):
                     try:
                         os.preadv(fd, [bytearray(1)], begin, os.RWF_NOWAIT)
