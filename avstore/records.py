@@ -186,7 +186,8 @@ def read_plans(root: Path) -> list[Plan]:
     plans = [Plan.read(p) for p in paths]
     video = shard = 0
     for i, (path, plan) in enumerate(zip(paths, plans, strict=True)):
-        if plan.number != i + 1 or plan.first_video != video or plan.first_shard != shard:
+        place = i + 1, video, shard
+        if (plan.number, plan.first_video, plan.first_shard) != place or path.name != plan_path(root, i + 1).name:
             raise CorruptError(
                 f"{path} does not follow the plan before it",
                 "a plan file is missing or was changed",
