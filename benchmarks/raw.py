@@ -1,8 +1,9 @@
 """Raw controls of retrieval: what pixels and spectrograms give without any learning.
 
-Each video is its centre window: 16 frames at 8 fps (2 s; the tape's rate where that is lower), centre-cropped to a
-square and averaged down to 16x16, and the spectrogram of the 2 s of sound. All are compared as the learned features
-are (cosine), after the gallery's mean was taken off each dimension, which makes them stronger.
+Each video is its centre window: 32 frames at 16 fps (2 s; the tape's rate where that is lower), centre-cropped to a
+square and averaged down to 16x16 (raw pixels: every other frame), and the spectrogram of the 2 s of sound. All are
+compared as the learned features are (cosine), after the gallery's mean was taken off each dimension, which makes them
+stronger.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import numpy as np
 if TYPE_CHECKING:
     from avstore.store import Store
 
-FRAMES, FPS, SECONDS, SIDE = 16, 8, 2, 16
+FRAMES, FPS, SECONDS, SIDE = 32, 16, 2, 16
 FRONT_END = "avid-linear257"
 STEP_ROWS = 4  # spectrogram rows averaged into one for the raw spectrogram
 
@@ -105,11 +106,12 @@ def of_pictures(store: Store, number: int) -> dict[str, np.ndarray]:
     change = np.abs(np.diff(grey, axis=0)) if n > 1 else np.zeros((1, SIDE, SIDE), np.float32)
     curve = change.mean(axis=(1, 2))
     return {
-        "pixels": grey.reshape(-1),
+        "pixels": grey[::2].reshape(-1),
         "mean_frame": small.mean(axis=0).reshape(-1),
         "difference": change.mean(axis=0).reshape(-1),
-        # how strongly, how evenly and how fast it moves, whatever the phase: sorted values and spectrum of the curve
-        "motion": np.concatenate([np.sort(curve), np.abs(np.fft.rfft(curve))]).astype(np.float32),
+        # how strongly, how evenly and how fast it moves, whatever the phase: sorted values and spectrum of the curve,
+        # in logarithms (on demo clips R@1 .44 against .23 of the plain curve)
+        "motion": np.log(np.concatenate([np.sort(curve), np.abs(np.fft.rfft(curve))]) + 1e-3).astype(np.float32),
         "curve": curve.astype(np.float32),
     }
 

@@ -36,7 +36,7 @@ TRUNKS = {"v": "video-trunk", "a": "audio-trunk"}
 Progress = Callable[[str, int, int], None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sides:
     """Video numbers of queries and gallery, int64, and how they were chosen."""
 
@@ -257,7 +257,7 @@ def retrieval(
             notes.append(f"{run} was trained on {leaking} of the queries")
         if trained is None:
             notes.append(f"{run}: its folder is not at {path}, so what it was trained on is unknown")
-        used |= {all_sides.index(s) for s in mine}
+        used |= {i for i, s in enumerate(all_sides) if s in mine}
         for suffix, features in run_features(store, run).items():
             for i, sides in enumerate(mine):
                 progress(run, i + 1, len(mine))

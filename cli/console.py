@@ -148,7 +148,7 @@ class Progress:
     ) -> None:
         self.stage, self.unit, self.every, self.clock = stage, unit, every, clock
         self.start = self.last = clock()
-        self.first: int | None = None
+        self.first = 0  # what was done before this command
         self.line = ""
         self.bar: Any = None
         self.task: Any = None
@@ -174,15 +174,17 @@ class Progress:
     def stage_is(self, stage: str, unit: str | None = None) -> None:
         """Another stage begins: rates start anew."""
         if stage != self.stage:
-            self.stage, self.unit, self.first = stage, unit or self.unit, None
+            self.stage, self.unit, self.first = stage, unit or self.unit, 0
             self.start = self.clock()
             if self.bar is not None:
                 self.bar.update(self.task, description=stage, completed=0)
 
+    def goes_on_from(self, done: int) -> None:
+        """So much was there already: rates count from here."""
+        self.first, self.start = done, self.clock()
+
     def update(self, done: int, total: int, *, media: float | None = None, failed: int = 0, extra: str = "") -> None:
         now = self.clock()
-        if self.first is None:
-            self.first = max(0, done - 1)
         self.line = self.text(done, total, now - self.start, media=media, failed=failed, extra=extra)
         if self.bar is not None:
             self.bar.update(self.task, completed=done, total=total or None, line=self.line)
@@ -194,9 +196,9 @@ class Progress:
         self, done: int, total: int, wall: float, *, media: float | None = None, failed: int = 0, extra: str = ""
     ) -> str:
         """`12/340 files, 3.1 files/s, 22 x real time, 1 failed, 2 min 10 s to go`."""
-        rate = (done - (self.first or 0)) / wall if wall > 0 else 0.0
-        parts = [f"{done}/{total} {self.unit}", f"{rate:.3g} {self.unit}/s"]
-        if media is not None and wall > 0:
+        rate = (done - self.first) / wall if wall >= 1 else 0.0
+        parts = [f"{done}/{total} {self.unit}"] + ([f"{rate:.3g} {self.unit}/s"] if rate else [])
+        if media is not None and wall >= 1:
             parts.append(f"{media / wall:.3g} x real time")
         if extra:
             parts.append(extra)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -35,7 +35,10 @@ def query(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Find the videos whose sight or sound is nearest, and the second that matches best."""
+    """Find the videos whose sight or sound is nearest, and the second that matches best.
+
+    The score of a video is the largest cosine between any second of the query and any of its own.
+    """
     if (video is None) == (audio is None):
         raise UsageError(
             "a query needs --video or --audio" if video is None else "--video and --audio exclude each other",
@@ -59,16 +62,20 @@ def query(
         raise NotFoundError(
             f"no video of the selection has {target} embeddings of {name}", "", "avstore embed RUN STORE"
         )
-    vector, own = _vector(opened, asked, modality, name, run)
+    rows_asked, seconds_asked, own = _vectors(opened, asked, modality, name, run)
     index = Index(*gallery, kind="ivf" if approximate else "exact")
-    hits = index.search(vector, k, without=own if modality == target else None)[0]
+    best: dict[int, tuple[float, int, int]] = {}  # video -> score, its second, the query's
+    found_each = index.search(rows_asked, k, without=own if modality == target else None)
+    for second, hits in zip(seconds_asked.tolist(), found_each, strict=True):
+        for hit in hits:
+            best[hit.video] = max(best.get(hit.video, (-2.0, 0, 0)), (hit.score, hit.second, second))
     if approximate:
         console.say(f"approximate: recall@10 {index.recall:.3f} against exact search, measured on this index")
     rows = []
-    for i, hit in enumerate(hits):
-        found = opened[hit.video]
-        rows.append({"rank": i + 1, "path": found.key, "second": hit.second, "label": found.columns.get("label"),
-                     "score": round(hit.score, 6), "number": hit.video})  # fmt: skip
+    for i, (number, (score, at, asked_at)) in enumerate(sorted(best.items(), key=lambda v: (-v[1][0], v[0]))[:k]):
+        found = opened[number]
+        rows.append({"rank": i + 1, "path": found.key, "second": at, "label": found.columns.get("label"),
+                     "score": round(score, 6), "number": number, "query_second": asked_at})  # fmt: skip
     if json:
         for row in rows:
             console.as_json(row)
@@ -79,37 +86,33 @@ def query(
     )
 
 
-def _vector(store: Store, asked: str, modality: str, name: str, run: str | None) -> tuple[np.ndarray, int | None]:
-    """The query's embedding (D,), its seconds averaged, and its number where it is a video of the store."""
+def _vectors(
+    store: Store, asked: str, modality: str, name: str, run: str | None
+) -> tuple[np.ndarray, np.ndarray, int | None]:
+    """The query's embeddings (s, D), the second of each, and its number where it is a video of the store."""
     import numpy as np
 
-    from avstore.index import normalised, read_rows, video_means
+    from avstore.index import read_rows, seconds_of
 
     path = Path(asked)
     if asked.isdigit() and not path.exists():
         number = store[int(asked)].number
-        means, who = video_means(store, read_rows(store, name, modality), np.array([number]))
-        if not len(who):
+        rows, _, seconds = seconds_of(store, read_rows(store, name, modality), np.array([number]))
+        if not len(rows):
             raise NotFoundError(
                 f"video {number} ({store.key(number)}) has no {modality} embeddings of {name}",
                 f"it has {'no sound' if modality == 'audio' and not store.has_sound[number] else 'none in the store'}",
                 "ask with another video, or embed it again",
             )
-        return means[0], number
+        return rows, seconds, number
     if not path.is_file():
         raise NotFoundError(
             f"there is no file {path}", "a query is a media file, or the number of a video", "avstore ls lists numbers"
         )
-    rows = _embed_file(store, path, modality, name, run)
-    return normalised(normalised(rows).mean(axis=0, keepdims=True))[0], None
-
-
-def _embed_file(store: Store, path: Path, modality: str, name: str, run: str | None) -> Any:
-    """Embeddings (seconds, D) of a file that need not be in the store."""
     from trainers.embed import embed_file
     from trainers.run import find_run
 
     found = embed_file(find_run(run or name), store, path)
     if modality not in found:
         raise UsageError(f"{path} has no {'picture' if modality == 'video' else 'sound'}", f"--{modality} asks by it")
-    return found[modality]
+    return found[modality], np.arange(len(found[modality])), None

@@ -134,6 +134,10 @@ def ls(
     total = len(numbers)
     if limit is not None:
         numbers = numbers[: max(0, limit)]
+    if total > len(numbers):
+        console.say(f"{len(numbers)} of {total}")
+    if not total:
+        console.say("no videos" + (" failed" if failed else ""))
     if json and not columns:
         for n in numbers.tolist():
             console.as_json(opened[n].to_json())
@@ -145,10 +149,6 @@ def ls(
         return
     shown = [["" if v is None else f"{v:.3f}" if isinstance(v, float) else v for v in column] for column in values]
     console.columns(names, zip(*shown, strict=True))
-    if total > len(numbers):
-        console.say(f"{len(numbers)} of {total}")
-    if not total:
-        console.say("no videos" + (" failed" if failed else ""))
 
 
 def _default_columns(store: Store, failed: bool) -> list[str]:

@@ -107,6 +107,8 @@ class _Show:
             console.warn(f"note: {console.visible(event.text)}")
         elif event.kind != "checkpoint":
             self.progress.stage_is(event.method)
+            if event.kind == "start":
+                self.progress.goes_on_from(event.step)
             console.say(f"{event.method}: {console.visible(event.text)}")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -31,7 +33,7 @@ def test_search_is_brute_force(seed: int, k: int, videos: int) -> None:
     index = Index(rows, video, second)
     for query, hits in zip(queries, index.search(queries, k), strict=True):
         assert [(h.video, h.second) for h in hits] == brute(rows, video, second, query, k)
-        assert all(a.score >= b.score for a, b in zip(hits, hits[1:], strict=False))
+        assert all(a.score >= b.score for a, b in itertools.pairwise(hits))
 
 
 def test_one_long_video_does_not_crowd_out_the_others() -> None:
@@ -71,7 +73,7 @@ def test_the_approximate_kind_measures_its_recall() -> None:
 def test_refuses_what_is_not_finite(bad: float) -> None:
     rows = np.ones((4, 3), np.float32)
     rows[2, 1] = bad
-    with pytest.raises(UsageError, match="1 of 4 .* not finite"):
+    with pytest.raises(UsageError, match=r"1 of 4 .* not finite"):
         Index(rows, np.arange(4))
     index = Index(np.ones((4, 3)), np.arange(4))
     with pytest.raises(UsageError, match="not finite"):

@@ -1,0 +1,181 @@
+"""Retrieval over a store: sides, planted embeddings, raw controls, folds, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import avstore
+from avstore.codecs import crc32c
+from avstore.durable import canonical_json
+from avstore.errors import NotFoundError, UsageError
+from avstore.index import choose_run, read_rows, video_means
+from avstore.spec import embedding_array
+from avstore.store import Store
+from benchmarks.raw import raw_features, shrunk
+from benchmarks.retrieval import choose_sides, retrieval, trained_on, unseen
+from benchmarks.table import Table
+from tests.tiny_store import Tiny, default_spec, make_store
+
+LABELS = ["cat", "dog", "owl"]
+
+
+def write_embeddings(store: Store, run: str, tower: str, vectors: dict[int, np.ndarray], method: str = "avid") -> None:
+    """One vector (D,) per video, on each of its seconds, with a little of its own on each second."""
+    size = len(next(iter(vectors.values())))
+    array = embedding_array(run, tower, size)
+    folder = store.path / array.path
+    folder.mkdir(parents=True)
+    per = store.spec.shard_seconds
+    meta = array.metadata(per, store.tape_seconds, {"avstore": {"run": run, "method": method}})
+    (folder / "zarr.json").write_bytes(canonical_json(meta))
+    rows = np.full((store.tape_seconds, size), np.nan, np.float16)
+    for n, v in vectors.items():
+        place = store.places[n]
+        rows[place : place + int(np.ceil(float(store.seconds(n))))] = v
+    for shard in range(store.tape_seconds // per):
+        body = rows[shard * per : (shard + 1) * per].astype("<f2").tobytes()
+        (store.path / array.key(shard)).write_bytes(body + crc32c(body).to_bytes(4, "little"))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    videos = [
+        Tiny(2 + i % 2, key=f"{'test' if i % 3 == 0 else 'train'}/{i:02d}.mp4", label=LABELS[i % 3 if i < 9 else i % 2],
+             split="test" if i % 3 == 0 else "train")
+        for i in range(18)
+    ]  # fmt: skip
+    return avstore.open(make_store(tmp_path / "s.zarr", videos, default_spec(sample_rate=24000)))
+
+
+def planted(store: Store, run: str, noise: float = 0.05, method: str = "avid", seed: int = 0) -> None:
+    rng = np.random.default_rng(seed)
+    own = {int(n): rng.normal(size=8) for n in store.numbers}
+    for tower in ("video", "audio"):
+        vectors = {}
+        for n, label in zip(store.numbers.tolist(), store.column("label"), strict=True):
+            base = np.zeros(8)
+            base[LABELS.index(label)] = 3
+            vectors[n] = base + noise * own[n]
+        write_embeddings(store, run, tower, vectors, method)
+
+
+def cell(table: Table, level: str, pair: str, features: str, column: str) -> float:
+    rows = [r for r in table.rows if (r["level"], r["pair"], r["features"]) == (level, pair, features)]
+    assert len(rows) == 1, [r["features"] for r in table.rows]
+    return rows[0][column]
+
+
+def test_planted_embeddings_are_found_and_chance_is_exact(store: Store) -> None:
+    planted(store, "r")
+    table = retrieval(store, ["r"], seeds=0)
+    for pair in ("v-v", "a-a", "v-a", "a-v"):
+        assert cell(table, "class", pair, "avid", "R@1") == 1.0
+    gallery = store.column("label", store.select(where=["split=train"]).numbers)
+    queries = store.column("label", store.select(where=["split=test"]).numbers)
+    expected = np.mean([gallery.count(q) / len(gallery) for q in queries])
+    assert cell(table, "class", "v-v", "chance", "R@1") == pytest.approx(expected)
+    # instance: the same vector in both towers, so each finds itself among the queries; chance is 1 / 6
+    assert cell(table, "instance", "v-a", "avid", "R@1") == 1.0
+    assert cell(table, "instance", "v-a", "chance", "R@1") == pytest.approx(1 / 6)
+    assert not [r for r in table.rows if r["level"] == "instance" and r["pair"] in ("v-v", "a-a")]
+    assert {"raw pixels 16x16", "motion energy", "spectrogram mean + sd"} <= {r["features"] for r in table.rows}
+    assert "R@20" not in table.columns or all("R@20" not in r for r in table.rows)  # gallery of 12
+    json.dumps(table.to_json(), allow_nan=False)
+    assert table.to_markdown().count("\n|") == len(table.rows) + 2
+
+
+def test_runs_of_one_method_are_one_row_with_their_spread(store: Store) -> None:
+    planted(store, "a", noise=0.05)
+    planted(store, "b", noise=4.0, seed=1)
+    merged = retrieval(store, ["a", "b"], seeds=0, raw=False, levels=["class"])
+    each = retrieval(store, ["a", "b"], seeds=0, raw=False, levels=["class"], each=True)
+    x, y = (cell(each, "class", "v-v", r, "R@1") for r in ("a", "b"))
+    assert cell(merged, "class", "v-v", "avid", "R@1") == pytest.approx((x + y) / 2)
+    assert cell(merged, "class", "v-v", "avid", "sd R@1") == pytest.approx(abs(x - y) / np.sqrt(2))
+
+
+def test_folds_and_leaks(store: Store) -> None:
+    planted(store, "r")
+    table = retrieval(store, ["r"], seeds=0, raw=False, fold_count=3, levels=["class"])
+    assert cell(table, "class", "v-v", "avid", "of") == 3
+    sides = choose_sides(store, fold_count=3)
+    assert sorted(np.concatenate([s.queries for s in sides]).tolist()) == store.numbers.tolist()
+    for s in sides:
+        assert not np.intersect1d(s.queries, s.gallery).size
+    assert unseen(sides, sides[1].gallery) == ([sides[1]], 0)  # trained on all but fold 1: asked fold 1 only
+    everything, leaked = unseen(sides, store.numbers)
+    assert everything == sides and leaked == 18
+    assert trained_on(Path("no/such/run"), store) is None
+
+
+def test_sides_are_asked_for_where_there_are_no_splits(tmp_path: Path) -> None:
+    store = avstore.open(make_store(tmp_path / "n.zarr", [Tiny(2, key=f"{i}.mp4", label="x") for i in range(4)]))
+    with pytest.raises(UsageError, match="no train and test split") as e:
+        choose_sides(store)
+    assert "--gallery" in e.value.next and "--folds" in e.value.next
+    with pytest.raises(UsageError, match="both query and gallery"):
+        choose_sides(store, gallery=["label=x"], queries=["label=x"])
+    with pytest.raises(UsageError):
+        choose_sides(store, gallery=["label=x"])
+    with pytest.raises(NotFoundError, match="labl"):
+        choose_sides(store, gallery=["labl=x"], queries=["label=x"])
+
+
+def test_refuses_embeddings_that_are_not_finite(store: Store) -> None:
+    vectors = {int(n): np.ones(4) for n in store.numbers}
+    vectors[3] = np.array([1, np.nan, 1, 1])
+    write_embeddings(store, "r", "video", vectors)
+    with pytest.raises(UsageError, match="not finite"):
+        retrieval(store, ["r"], seeds=0, raw=False)
+
+
+def test_a_video_without_a_label(store: Store) -> None:
+    planted(store, "r")
+    with pytest.raises(NotFoundError, match="lable"):
+        retrieval(store, ["r"], label="lable", seeds=0, raw=False)
+    with pytest.raises(UsageError, match="have no reason"):
+        retrieval(store, ["r"], label="reason", seeds=0, raw=False)
+
+
+def test_means_are_of_normalised_seconds(store: Store) -> None:
+    write_embeddings(store, "r", "video", {int(n): np.array([0.0, 5.0 + n]) for n in store.numbers})
+    means, who = video_means(store, read_rows(store, "r", "video"))
+    assert who.tolist() == store.numbers.tolist()
+    assert means == pytest.approx(np.tile([0.0, 1.0], (18, 1)))
+    some, who = video_means(store, read_rows(store, "r", "video"), np.array([5, 2]))
+    assert sorted(who.tolist()) == [2, 5] and some.shape == (2, 2)
+
+
+def test_the_run_to_ask(store: Store) -> None:
+    with pytest.raises(NotFoundError, match="no embeddings"):
+        choose_run(store, None)
+    planted(store, "first")
+    assert choose_run(store, None) == "first" == choose_run(store, "runs/first")
+    planted(store, "second")
+    with pytest.raises(UsageError, match="2 runs"):
+        choose_run(store, None)
+    with pytest.raises(NotFoundError, match="did you mean first"):
+        choose_run(store, "frist")
+
+
+def test_raw_features_see_what_is_there(store: Store) -> None:
+    raw = raw_features(store, store.numbers)
+    assert raw.features["mean frame"].shape == (18, 16 * 16 * 3)
+    assert raw.features["raw pixels 16x16"].shape == (18, 16 * 16 * 16)
+    assert raw.features["spectrogram mean"].shape == (18, 257)
+    assert all(np.isfinite(f).all() for f in raw.features.values())
+    # video 17 shows other blocks than video 3: their mean frames differ by more than JPEG noise
+    assert np.abs(raw.features["mean frame"][17] - raw.features["mean frame"][3]).max() > 0.1
+
+
+def test_shrunk_averages_areas() -> None:
+    picture = np.zeros((32, 32, 3), np.uint8)
+    picture[0:2, 2:4, 0] = 255
+    picture[4, 4, 1] = 255
+    out = shrunk(picture)
+    assert out[0, 1, 0] == 1.0 and out[2, 2, 1] == 0.25 and out.sum() == pytest.approx(1.25)
+    assert shrunk(np.full((50, 50, 3), 51, np.uint8)) == pytest.approx(np.full((16, 16, 3), 0.2))
