@@ -202,6 +202,11 @@ class Loader:
         """Global batches of an epoch."""
         return self.order.batches
 
+    @property
+    def reader_pid(self) -> int:
+        """The process that decodes: the reader's, or this one with `in_process`."""
+        return self._live.process.pid if isinstance(self._live, _Process) else os.getpid()
+
     def start(self) -> None:
         """Starts the reader where it does not run (it does after construction). It decodes nothing unasked."""
         if self._live is None or self._live.pid != os.getpid():  # after a fork the parent's reader stays the parent's
@@ -324,6 +329,8 @@ class _Reader:
             if came != generation:
                 continue  # of an iteration that has ended; its slots went back when this one began
             if error is not None:
+                if at < 0:
+                    raise _Failed(*error)
                 self.failed[at] = error
             else:
                 self.ready[at] = slot

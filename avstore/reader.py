@@ -77,7 +77,7 @@ class Job:
     layout: Layout
 
 
-@dataclass
+@dataclass(eq=False)
 class Plan:
     """One step before it has a slot: where each clip's bytes lie. C clips = B pairs x views."""
 
@@ -94,7 +94,7 @@ class Plan:
     heard: np.ndarray  # (C,) samples to read: 0 without sound
 
 
-@dataclass
+@dataclass(eq=False)
 class Fill:
     """A plan with a slot: its clips are handed to the threads one by one."""
 
@@ -130,7 +130,7 @@ class Filler:
         self.planning = self.closing = False
         self.cold = True  # until a probe says that the page cache has it all
         self.threads = [
-            threading.Thread(target=self._work, name=f"avstore-reader-{i}", daemon=True) for i in range(job.threads)
+            threading.Thread(target=self._thread, name=f"avstore-reader-{i}", daemon=True) for i in range(job.threads)
         ]
         for thread in self.threads:
             thread.start()
@@ -190,6 +190,12 @@ class Filler:
                 self.changed.notify_all()
             else:  # a short last batch can leave a rank with nothing
                 self.ready(fill.generation, fill.plan.step, fill.slot, None)
+
+    def _thread(self) -> None:
+        try:
+            self._work()
+        except Exception as e:  # a bug of ours: the trainer must not wait for ever
+            self.ready(self.generation, -1, -1, (_told(e), -1))
 
     def _work(self) -> None:
         while True:
