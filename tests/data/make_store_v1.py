@@ -70,7 +70,7 @@ def main() -> None:
         (media / "train" / "bar").mkdir(parents=True)
         write_video(media / "train" / "bar" / "a.mkv", 8, 8, sound(1, 440))
         write_wav(media / "b.wav", sound(0.9, 880))
-        write_video(media / "slow.mkv", 8, 4, None)
+        write_video(media / "slow.mkv", 6, 4, None)
         (media / "broken.mp4").write_bytes(b"\0\0\0\x18ftypmp42")
         (media / "later.mkv").write_bytes(b"no media")
         ingest(media, store, workers=1, **OPTIONS)
