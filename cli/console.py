@@ -33,14 +33,21 @@ def coloured(stream: TextIO) -> bool:
     return is_terminal(stream) and not os.environ.get("NO_COLOR")
 
 
+class ReaderGone(Exception):
+    """Whoever read stdout has stopped (`| head`). Not an OSError: a pipe to a child that breaks is another matter."""
+
+
 def data(text: str) -> None:
     """A line of data."""
-    print(text, file=sys.stdout)
+    try:
+        print(text, file=sys.stdout)
+    except BrokenPipeError as e:
+        raise ReaderGone from e
 
 
 def as_json(value: Any) -> None:
     """One JSON value on a line of its own."""
-    print(json.dumps(value, ensure_ascii=True, allow_nan=False, default=str), file=sys.stdout)
+    data(json.dumps(value, ensure_ascii=True, allow_nan=False, default=str))
 
 
 def say(text: str = "") -> None:

@@ -48,7 +48,7 @@ def ingest(
     import signal
     import threading
 
-    import avstore
+    from avstore.ingest import ingest as library_ingest
 
     options: dict[str, Any] = {
         "fps": fps,
@@ -71,7 +71,7 @@ def ingest(
         signal.signal(signal.SIGTERM, lambda *_: stop.set())  # as Slurm ends jobs: stop cleanly
     try:
         with show.progress:
-            summary = avstore.ingest(
+            summary = library_ingest(
                 source,
                 store,
                 profile=profile,

@@ -46,6 +46,14 @@ class Commands(TyperGroup):
             )
         return super().resolve_command(ctx, args)
 
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as e:  # typer would take it for a reader of stdout that went away, and say nothing
+            raise AvstoreError(
+                "a process that avstore had started ended early", str(e), "repeat the command; --debug shows where"
+            ) from e
+
     def list_commands(self, ctx: Any) -> list[str]:
         return list(self.commands)  # in the order in which one uses them
 
@@ -107,7 +115,7 @@ def invoke(arguments: list[str]) -> int:
         return _told(e, debug)
     except KeyboardInterrupt:
         return _told(InterruptedRun("interrupted"), debug)
-    except BrokenPipeError:  # | head
+    except console.ReaderGone:  # | head
         _close_stdout()
         return 0
     except Exception as e:

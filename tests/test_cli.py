@@ -251,11 +251,11 @@ def test_ingest_from_outside(tiny_media: Path, tmp_path: Path, run, monkeypatch:
     assert not (tmp_path / "set.zarr").exists()
     code, out, err = run("ingest", "set", "--workers", 1, "--json", "--front-end", "none")
     events = [json.loads(line) for line in out.splitlines()]
-    assert code == 3 and events[-1]["event"] == "Summary"
+    assert code == 3 and events[-1]["event"] == "Summary", err
     assert (events[-1]["ok"], events[-1]["failed"]) == (2, 1)
     assert "bad.mp4: " in err and "avstore train" in err
     code, out, err = run("ingest", "set")
-    assert code == 3 and out == "" and "nothing was left to do" in err
+    assert code == 3 and out == "" and "nothing was left to do" in err, err
     code, _, err = run("ingest", "set", "--fps", 8)
     assert code == 5 and "fps is 16 here, 8 was asked" in err
     with StoreLock(tmp_path / "set.zarr") as lock:

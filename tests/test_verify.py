@@ -15,6 +15,7 @@ import avstore
 from avstore.codecs import MISSING, crc32c
 from avstore.durable import canonical_json
 from avstore.errors import ConflictError, NotFoundError
+from avstore.ingest import ingest
 from avstore.shard import INDEX_ROW
 from avstore.verify import Checked, Fault, Report, verify
 from tests.tiny_store import Tiny, default_spec, make_store
@@ -283,7 +284,7 @@ def test_a_store_that_ingest_made(tiny_media: Path, tmp_path: Path) -> None:
     for i, file in enumerate(sorted(tiny_media.rglob("*.mp4"))[:3]):
         shutil.copy(file, tmp_path / "src" / f"{i}.mp4")
     (tmp_path / "src" / "broken.mp4").write_bytes(b"no media")
-    summary = avstore.ingest(tmp_path / "src", tmp_path / "s.zarr", workers=1)
+    summary = ingest(tmp_path / "src", tmp_path / "s.zarr", workers=1)
     assert (summary.ok, summary.failed) == (3, 1)
     report = verify(tmp_path / "s.zarr")
     assert report.ok and (report.videos, report.failed) == (3, 1) and not report.stray
