@@ -25,6 +25,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ from avstore.windows import Extents, frame_rows, picture_samples, spectrogram_ro
 # One row per video of the selection, int64, shared with the reader.
 COLUMNS = ("number", "place", "frames", "samples", "sound_start", "sound_end", "y", "x", "height", "width")
 AHEAD = 2  # steps planned, and announced to the kernel, before their slots are free
+GROUP = 256  # pairs that are planned at once: NumPy's cost per call is shared by several steps
 PROBES = 2  # clips of a step that are looked up in the page cache before the whole step is announced
 
 TO_READER = struct.Struct("<cqqqQ")  # b"R" generation, first step, stop, slots still held | b"F" slot, 0, 0, 0
@@ -127,6 +129,7 @@ class Filler:
         self.plans: deque[Plan] = deque()
         self.fills: list[Fill] = []
         self.generation = self.next_step = self.stop = 0
+        self.group = max(1, GROUP * job.order.world // job.order.batch_size)
         self.planning = self.closing = False
         self.cold = True  # until a probe says that the page cache has it all
         self.threads = [
@@ -173,8 +176,9 @@ class Filler:
         """The next thing to do, under the lock: (fill, clip), (None, step to plan) or (None, -1): wait."""
         if not self.planning and len(self.plans) < AHEAD and self.next_step < self.stop:
             self.planning = True
-            self.next_step += 1
-            return None, self.next_step - 1
+            step, epoch_end = self.next_step, (self.next_step // self.job.order.batches + 1) * self.job.order.batches
+            self.next_step = min(step + self.group, self.stop, epoch_end)
+            return None, step
         while True:
             for fill in self.fills:
                 if fill.next < fill.clips and not fill.dropped:
@@ -206,9 +210,9 @@ class Filler:
                     fill, what = self._take() if not self.closing else (None, -1)
                 if self.closing:
                     return
-                generation = self.generation
+                generation, stop = self.generation, self.next_step
             if fill is None:
-                self._plan(what, generation)
+                self._plan(what, stop, generation)
                 continue
             error = None
             try:
@@ -243,11 +247,13 @@ class Filler:
 
     # ---- a step
 
-    def _plan(self, step: int, generation: int) -> None:
-        plan = error = None
+    def _plan(self, step: int, stop: int, generation: int) -> None:
+        plans: list[Plan] = []
+        error = None
         try:
-            plan = self.plan(step)
-            self._announce(plan)
+            plans = self.plan(step, stop)
+            for plan in plans:
+                self._announce(plan)
         except Exception as e:
             error = _told(e), -1
         with self.changed:
@@ -255,39 +261,55 @@ class Filler:
             if generation == self.generation:
                 if error is not None:
                     self._fail(generation, step, error)
-                elif plan is not None and step < self.stop:
-                    self.plans.append(plan)
+                self.plans.extend(p for p in plans if p.step < self.stop)
             self.changed.notify_all()
 
-    def plan(self, step: int) -> Plan:
-        """Pairs, windows and tape rows of a step: arithmetic only."""
+    def plan(self, step: int, stop: int) -> list[Plan]:
+        """Pairs, windows and tape rows of the steps step .. stop-1, all of one epoch: arithmetic only."""
         job, column = self.job, self.column
-        batch = job.order.at(step)
-        rows, n = batch.rows, job.views.views
-        sr = job.sample_rate
-        frames = column["frames"][rows]
-        extents = Extents(picture_samples(frames, job.tape_fps, sr), column["sound_start"][rows],
-                          column["sound_end"][rows])  # fmt: skip
-        u = draws.uniform(job.seed, "window", batch.epoch, rows, batch.draws, max(job.views.numbers, 1))
-        cut = job.views.starts(extents, u, batch.draws, max(job.picture, 1), max(job.samples, 1))
-        picture, sound = (np.asarray(x, np.int64).reshape(len(rows), n) for x in (cut.picture, cut.sound))
-        each = np.repeat(np.arange(len(rows)), n)  # clip -> pair
+        epoch, first, rows, pair_draws = self._pairs(step, stop)
+        bounds = np.cumsum([0, *(len(r) for r in rows)]).tolist()
+        row, draw = np.concatenate(rows), np.concatenate(pair_draws)
+        n, sr = job.views.views, job.sample_rate
+        frames = column["frames"][row]
+        extents = Extents(picture_samples(frames, job.tape_fps, sr), column["sound_start"][row],
+                          column["sound_end"][row])  # fmt: skip
+        u = draws.uniform(job.seed, "window", epoch, row, draw, max(job.views.numbers, 1))
+        cut = job.views.starts(extents, u, draw, max(job.picture, 1), max(job.samples, 1))
+        picture, sound = (np.asarray(x, np.int64).reshape(len(row), n) for x in (cut.picture, cut.sound))
+        each = np.repeat(np.arange(len(row)), n)  # clip -> pair
         tape, valid_frames = np.zeros((len(each), 0), np.int64), np.zeros(len(each), np.int64)
         if job.frames:
-            have = frames[each]
             if job.fps is None:
-                local, valid_frames = self._native(rows[each], picture.reshape(-1))
+                local, valid_frames = self._native(row[each], picture.reshape(-1))
             else:
                 local = frame_rows(picture.reshape(-1), job.frames, job.fps, job.tape_fps, sr)
-                valid_frames = (local < have[:, None]).sum(1)
+                valid_frames = (local < frames[each][:, None]).sum(1)
                 loop = np.arange(job.frames) % np.maximum(valid_frames, 1)[:, None]
                 local = np.take_along_axis(local, loop, 1)  # from the clip's first frame again
-            tape = column["place"][rows][each][:, None] * job.tape_fps + local
-        inside = valid(sound.reshape(-1), job.samples, column["samples"][rows][each])
-        start, end = column["sound_start"][rows][each], column["sound_end"][rows][each]
-        meets = (sound.reshape(-1) < end) & (sound.reshape(-1) + job.samples > start)
-        return Plan(step, rows, batch.draws, batch.first, picture, sound, np.asarray(cut.shrunk, bool), tape,
-                    valid_frames, inside, np.where(meets, inside, 0))  # fmt: skip
+            tape = column["place"][row][each][:, None] * job.tape_fps + local
+        starts = sound.reshape(-1)
+        inside = valid(starts, job.samples, column["samples"][row][each])
+        meets = (starts < column["sound_end"][row][each]) & (starts + job.samples > column["sound_start"][row][each])
+        heard, shrunk = np.where(meets, inside, 0), np.asarray(cut.shrunk, bool)
+        out = []
+        for i, (a, b) in enumerate(pairwise(bounds)):
+            p, c = slice(a, b), slice(a * n, b * n)
+            out.append(Plan(step + i, row[p], draw[p], first[i], picture[p], sound[p], shrunk[p], tape[c],
+                            valid_frames[c], inside[c], heard[c]))  # fmt: skip
+        return out
+
+    def _pairs(self, step: int, stop: int) -> tuple[int, list[int], list[np.ndarray], list[np.ndarray]]:
+        """(epoch, first position, rows, draws) of each step: where this process has whole batches, in one call."""
+        order = self.job.order
+        epoch, index = order.locate(step)
+        if order.world > 1:
+            batches = [order.at(s) for s in range(step, stop)]
+            return epoch, [b.first for b in batches], [b.rows for b in batches], [b.draws for b in batches]
+        start = index * order.batch_size
+        rows, pair_draws = order.pairs(epoch, start, min(start + (stop - step) * order.batch_size, order.length))
+        cuts = [k * order.batch_size for k in range(1, stop - step)]
+        return epoch, [start, *(start + c for c in cuts)], np.split(rows, cuts), np.split(pair_draws, cuts)
 
     def _native(self, rows: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Local rows (C, T) of consecutive distinct source frames, from the one shown at each start; earlier where a
