@@ -102,7 +102,7 @@ def test_what_a_stage_takes_over() -> None:
     run, stage = c.resolve("avid-cma", preset="tiny", sets=sets), c.resolve_stage("avid-cma", preset="tiny", sets=sets)
     assert (run.loop.seed, stage.loop.seed, run.method.dim, stage.method.dim) == (3, 3, 32, 32)
     assert (run.loop.epochs, stage.loop.epochs) == (2, 9)
-    assert (run.loop.learning_rate, stage.loop.learning_rate, stage.loop.threads) == (0.5, 1e-3, 1)
+    assert (run.loop.learning_rate, stage.loop.learning_rate, stage.loop.threads) == (0.5, 2e-3, 1)
     with pytest.raises(UsageError, match="no stage"):
         c.resolve_stage("avid")
 

@@ -28,9 +28,9 @@ def test_default_is_three_linear_layers_with_two_relus():
 def test_batch_norm_replaces_the_bias():
     head = ProjectionHead(6, 5, 4, batch_norm=True)
     linear = [m for m in head if isinstance(m, nn.Linear)]
-    assert [m.bias is None for m in linear] == [True, True, False]
-    assert count_parameters(head) == 6 * 5 + 5 * 5 + 2 * 2 * 5 + 5 * 4 + 4
-    assert sum(isinstance(m, nn.BatchNorm1d) for m in head) == 2
+    assert [m.bias is None for m in linear] == [True, True, True]
+    assert count_parameters(head) == 6 * 5 + 5 * 5 + 5 * 4 + 2 * (5 + 5 + 4)
+    assert sum(isinstance(m, nn.BatchNorm1d) for m in head) == 3
 
 
 def test_wrong_shapes_are_refused():

@@ -138,6 +138,7 @@ class Config:
 TINY = Config(
     video_depth=10,
     width=16,
+    pool="avg",
     hidden=128,
     head_batch_norm=True,
     frames=8,

@@ -13,8 +13,9 @@ class ProjectionHead(nn.Sequential):
     """Three linear layers, inputs -> hidden -> hidden -> dim, ReLU after the first two. (B, inputs) -> (B, dim).
 
     AVID (`proj_dim: [512, 512, 128]`, output sizes): no batch normalisation, 0.591 M parameters at 512. With
-    `batch_norm` (declared choice of the tiny presets: nets trained for a minute need it) the two hidden layers are
-    normalised and lose their bias. The output is *not* normalised here.
+    `batch_norm` (declared choice of the tiny presets: nets trained for a minute need it) all three layers are batch
+    normalised and lose their bias: without it on the last one, the embeddings of a modality share a large mean, and
+    most of a short training goes into turning it. The output is *not* of unit length here.
     """
 
     def __init__(self, inputs: int = 512, hidden: int = 512, dim: int = 128, batch_norm: bool = False) -> None:
@@ -26,7 +27,10 @@ class ProjectionHead(nn.Sequential):
             if batch_norm:
                 layers.append(nn.BatchNorm1d(hidden))
             layers.append(nn.ReLU(inplace=True))
-        super().__init__(*layers, nn.Linear(hidden, dim))
+        layers.append(nn.Linear(hidden, dim, bias=not batch_norm))
+        if batch_norm:
+            layers.append(nn.BatchNorm1d(dim))
+        super().__init__(*layers)
         self.dim = dim
 
     def forward(self, x: Tensor) -> Tensor:
