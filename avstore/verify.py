@@ -22,8 +22,9 @@ from avstore.checks import Checker, Fault, Found, one_line
 from avstore.codecs import crc32c
 from avstore.durable import canonical_json, read_json
 from avstore.errors import AvstoreError, ConflictError, CorruptError
+from avstore.frontends import FRONT_ENDS
 from avstore.records import Plan, Task, plan_path, record_path, video_key
-from avstore.spec import Spec, arrays, embedding_array
+from avstore.spec import ArraySpec, Spec, arrays, embedding_array, spectrogram_array
 
 MOST_FAULTS = 10_000  # kept with their text; the rest is counted
 
@@ -141,7 +142,9 @@ def verify(
                 continue
             work.append((plan, task))
     report.notes += [f"{len(report.pending)} tasks are still to be done: repeat the ingest"] if report.pending else []
-    check = Checker(root, spec, payloads)
+    derived, faults = _derived(root, spec)
+    tell(faults)
+    check = Checker(root, spec, payloads, derived)
     seconds = 0
     with ThreadPoolExecutor(threads or os.cpu_count() or 1, thread_name_prefix="verify") as pool:
         running: dict[Future[Found], Task] = {}
@@ -270,6 +273,36 @@ def _metadata(root: Path, spec: Spec, shards: int) -> list[Fault]:
     except (CorruptError, OSError) as e:
         faults.append(Fault("zarr.json", one_line(e)))
     return faults
+
+
+def _derived(root: Path, spec: Spec) -> tuple[list[ArraySpec], list[Fault]]:
+    """Spectrogram arrays that `derive` added, and what is wrong with their metadata."""
+    found: list[ArraySpec] = []
+    faults: list[Fault] = []
+    for file in sorted((root / "spectrograms").glob("[!.]*/zarr.json")) if (root / "spectrograms").is_dir() else ():
+        name = file.parent.name
+        if name in spec.front_ends:
+            continue
+        relative = str(file.relative_to(root))
+        if name not in FRONT_ENDS or not FRONT_ENDS[name].storable:
+            faults.append(Fault(relative, "a front-end that this avstore does not know: it cannot be checked"))
+            continue
+        array = spectrogram_array(name)
+        try:
+            meta = read_json(file)
+            expected = array.metadata(spec.shard_seconds, 0)
+            names = [k for k in expected if k not in ("shape", "attributes") and meta.get(k) != expected[k]]
+            rows = meta["shape"][0]
+            if names or meta["shape"][1:] != expected["shape"][1:] or rows % (spec.shard_seconds * array.rate):
+                faults.append(
+                    Fault(relative, f"it is not what its front-end says: {', '.join(sorted(names)) or 'shape'}")
+                )
+                continue
+        except (CorruptError, OSError, KeyError, TypeError, ValueError, IndexError, AttributeError) as e:
+            faults.append(Fault(relative, f"it cannot be read: {one_line(e)}"))
+            continue
+        found.append(array)
+    return found, faults
 
 
 def _stray(root: Path, spec: Spec) -> Iterator[str]:

@@ -19,7 +19,12 @@ SHOWN = 10  # failures and oddities named one by one
 
 
 def ingest(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="A folder, read recursively, or one file.")],
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SRC", help="A folder, read recursively, one file, or a list of files (csv, tsv, jsonl, txt)."
+        ),
+    ],
     store: Annotated[Path | None, typer.Argument(metavar="[STORE]", help="Default: <name of SRC>.zarr here.")] = None,
     profile: Annotated[
         str | None, typer.Option(help="112: 128x176 at 16 fps (default); 224: 256x352 at 16 fps.")
@@ -34,6 +39,10 @@ def ingest(
     ] = None,
     fit: Annotated[str | None, typer.Option(help="short (default), pad or stretch.")] = None,
     codec: Annotated[str | None, typer.Option(help="jpeg (default) or raw.")] = None,
+    root: Annotated[
+        Path | None, typer.Option(help="Where the paths of a list begin. Default: the list's folder.")
+    ] = None,
+    list_kind: Annotated[str | None, typer.Option(help="Which official list it is; default: as it looks.")] = None,
     workers: Annotated[int | None, typer.Option(help="Decoding processes. Default: the CPUs.")] = None,
     shard: Annotated[
         str | None, typer.Option(metavar="i/n", help="Only this share of the tasks; others do the rest.")
@@ -62,7 +71,7 @@ def ingest(
     picture = _size(size) if size else None
     share = number_pair(shard, "--shard") if shard else None
     if dry_run:
-        _preview(source, store, profile, picture, given, json)
+        _preview(source, store, root, list_kind, profile, picture, given, json)
         return
     show = _Show(json)
     stop = threading.Event()
@@ -74,6 +83,8 @@ def ingest(
             summary = library_ingest(
                 source,
                 store,
+                root=root,
+                list_kind=list_kind,
                 profile=profile,
                 size=picture,
                 workers=workers,
@@ -147,6 +158,8 @@ class _Show:
             )
         else:
             console.say(f"{s.store}: {state}; nothing was left to do")
+        if s.listed:
+            console.say(console.visible(s.listed))
         if s.note:
             console.warn(console.visible(s.note))
         if s.skipped:
@@ -176,6 +189,8 @@ def _list(texts: Any) -> str:
 def _preview(
     source: Path,
     store: Path | None,
+    media: Path | None,
+    list_kind: str | None,
     profile: str | None,
     size: tuple[int, int] | None,
     given: dict[str, Any],
@@ -186,13 +201,18 @@ def _preview(
     from collections import Counter
 
     from avstore.groups import is_store
+    from avstore.lists import is_list, read_list
     from avstore.sources import read_source
     from avstore.spec import PROFILES, Spec
     from avstore.store import open as open_store
 
     name = source.resolve().stem if source.is_file() else source.resolve().name
     root = store if store is not None else Path(f"{name}.zarr")
-    listing = read_source(source, [root])
+    report = None
+    if media is not None or list_kind is not None or is_list(source):
+        listing, report = read_list(source, media, list_kind)
+    else:
+        listing = read_source(source, [root])
     if is_store(root):
         spec = open_store(root).spec
         known = set(open_store(root).keys)
@@ -215,6 +235,7 @@ def _preview(
         "bytes": sum(e.size for e in listing.entries),
         "suffixes": dict(kinds.most_common()),
         "skipped": len(listing.skipped),
+        "list": None if report is None else str(report),
         "free": shutil.disk_usage(folder).free,
     }
     if json:
@@ -227,6 +248,7 @@ def _preview(
             ("files", f"{value['files']}, {value['new']} new, {console.size(sum(e.size for e in listing.entries))}"),
             ("suffixes", ", ".join(f"{n} {k}" for k, n in kinds.most_common())),
             ("not tried", len(listing.skipped)),
+            *([("list", report)] if report is not None else []),
             ("free disk", console.size(shutil.disk_usage(folder).free)),
         ]
     )

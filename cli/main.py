@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 
 import avstore
 from avstore.errors import AvstoreError, InterruptedRun, MachineError, UsageError, did_you_mean
-from cli import bench, console, demo, doctor, embed, ingest, query, store, train
+from cli import bench, console, demo, derive, doctor, embed, ingest, query, store, train
 
 HELP = """Videos with sound, decoded once into a store; encoders trained on it; search by sight and sound.
 
@@ -61,6 +61,7 @@ class Commands(TyperGroup):
 plain: dict[str, Any] = {"cls": Commands, "rich_markup_mode": None, "pretty_exceptions_enable": False}
 app = typer.Typer(help=HELP, no_args_is_help=True, **plain)
 app.command("ingest")(ingest.ingest)
+app.command("derive")(derive.derive)
 app.command("info")(store.info)
 app.command("ls")(store.ls)
 app.command("verify")(store.verify)

@@ -20,6 +20,7 @@ from cli.main import invoke
 from tests.test_retrieval import planted
 from tests.tiny_store import Tiny, default_spec, make_store
 
+COMMANDS = ["ingest", "derive", "info", "ls", "verify", "train", "embed", "query", "doctor", "demo", "bench"]
 ROOT = Path(__file__).resolve().parents[1]
 VIDEOS = [
     Tiny(2 + i % 2, key=f"{split}/{label}/{i}.mp4", label=label, split=split)
@@ -64,13 +65,12 @@ def test_help_loads_nothing_heavy_and_is_quick() -> None:
     )
     done = [subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
             for _ in range(3)]  # fmt: skip
-    for command in ("ingest", "info", "ls", "verify", "train", "embed", "query", "bench", "doctor", "demo"):
+    for command in COMMANDS:
         assert f"\n  {command} " in done[0].stdout
     assert min(float(d.stdout.splitlines()[-1]) for d in done) < 0.5  # CPU seconds: the machine may be busy
 
 
-@pytest.mark.parametrize("command", ["ingest", "info", "ls", "verify", "train", "embed", "query", "doctor", "demo",
-                                     "bench", "bench retrieval"])  # fmt: skip
+@pytest.mark.parametrize("command", [*COMMANDS, "bench retrieval"])
 def test_every_command_has_help(command: str, run) -> None:
     code, out, _ = run(*command.split(), "--help")
     assert code == 0 and "Usage: avstore" in out and len(out) > 200
@@ -200,6 +200,21 @@ def test_verify(store: Path, run) -> None:
     assert run("verify", "--quick")[0] == 0
 
 
+def test_derive_and_verify_what_it_wrote(store: Path, run) -> None:
+    code, out, _ = run("derive", "--front-end", "avid-linear257", "--dry-run", "--json")
+    assert code == 0 and json.loads(out)["videos"] == 8
+    code, _, err = run("derive", "--front-end", "avid-linear257")
+    assert code == 0 and "8 videos" in err and run("verify")[0] == 0
+    shard = store / "spectrograms/avid-linear257/c.0.0"
+    data = bytearray(shard.read_bytes())
+    data[1000] ^= 1
+    shard.write_bytes(data)
+    code, out, _ = run("verify")
+    assert code == 1 and "spectrograms/avid-linear257/c.0.0: video 0" in out
+    code, _, err = run("derive", "--front-end", "avid-linear256")
+    assert code == 2 and "did you mean avid-linear257" in err
+
+
 def test_query_and_retrieval(store: Path, run) -> None:
     planted(avstore.open(store), "r")
     code, out, _ = run("query", "--video", 0, "-k", 2, "--json")
@@ -249,6 +264,9 @@ def test_ingest_from_outside(tiny_media: Path, tmp_path: Path, run, monkeypatch:
     value = json.loads(out)
     assert code == 0 and (value["files"], value["new"], value["store"]) == (3, 3, "set.zarr")
     assert not (tmp_path / "set.zarr").exists()
+    (tmp_path / "list.csv").write_text("path,label\ntrain/0.mp4,x\nnone.mp4,y\n")
+    listed = json.loads(run("ingest", "list.csv", "--root", "set", "--dry-run", "--json")[1])
+    assert listed["files"] == 1 and "1 missing" in listed["list"]
     code, out, err = run("ingest", "set", "--workers", 1, "--json", "--front-end", "none")
     events = [json.loads(line) for line in out.splitlines()]
     assert code == 3 and events[-1]["event"] == "Summary", err
