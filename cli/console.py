@@ -87,7 +87,7 @@ def pairs(rows: Iterable[tuple[str, Any]]) -> None:
 def columns(names: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Rows under their names: drawn on a terminal, else separated by tabs, for cut, awk and spreadsheets."""
     if is_terminal(sys.stdout):
-        _drawn(names, [[visible(v) for v in row] for row in rows], (), None)
+        _drawn(names, [[visible(v) for v in row] for row in rows])
         return
     data("\t".join(names))
     for row in rows:
@@ -95,11 +95,8 @@ def columns(names: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
 
 
 def table(value: Table) -> None:
-    """A table of results with its notes; in a pipe as aligned text."""
+    """A table of results with its notes, as aligned text: cells are never wrapped, on a terminal either."""
     cells = [[visible(c) for c in row] for row in value.cells()]
-    if is_terminal(sys.stdout):
-        _drawn(value.columns, cells, value.notes, value.title)
-        return
     widths = [max(len(r[i]) for r in [list(value.columns), *cells]) for i in range(len(value.columns))]
     data(visible(value.title))
     for row in [list(value.columns), ["-" * w for w in widths], *cells]:
@@ -108,21 +105,19 @@ def table(value: Table) -> None:
         data(visible(note))
 
 
-def _drawn(names: Sequence[str], rows: list[list[str]], notes: Sequence[str], title: str | None) -> None:
+def _drawn(names: Sequence[str], rows: list[list[str]]) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table as Drawn
     from rich.text import Text
 
     console = Console(file=sys.stdout, no_color=not coloured(sys.stdout), highlight=False, markup=False, emoji=False)
-    drawn = Drawn(box=SIMPLE_HEAD, title=Text(title) if title else None, title_justify="left")
+    drawn = Drawn(box=SIMPLE_HEAD)
     for name in names:
         drawn.add_column(Text(name), overflow="fold")
     for row in rows:
         drawn.add_row(*(Text(c) for c in row))
     console.print(drawn)
-    for note in notes:
-        console.print(Text(visible(note), style="dim"))
 
 
 def duration(seconds: float) -> str:
