@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,24 @@ from avstore.records import Record, Task, record_path
 from avstore.shard import ShardWriter
 from avstore.spec import Spec, arrays
 from avstore.spool import Payloads
+
+UNFINISHED = re.compile(r"\.tmp\.\d+\Z")
+
+
+def sweep(root: Path) -> list[Path]:
+    """Deletes what interrupted runs left (names that end in `.tmp.<pid>`), and returns the paths.
+
+    Only for the holder of the exclusive lock: the files of a run that still works look the same.
+    """
+    gone = []
+    for folder, _, names in os.walk(root):
+        for name in names:
+            if UNFINISHED.search(name):
+                path = Path(folder) / name
+                with machine_errors(path):
+                    path.unlink(missing_ok=True)
+                gone.append(path)
+    return gone
 
 
 class TaskWriter:

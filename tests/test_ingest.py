@@ -23,12 +23,13 @@ from avstore.codecs import decode_jpeg_into, encode_jpeg
 from avstore.decode_pyav import decode
 from avstore.errors import AvstoreError, ConflictError, InterruptedRun, MachineError, NotFoundError, UsageError
 from avstore.events import ChildDied, Event, Planned, Started, TaskDone, VideoDone
-from avstore.ingest import ingest, sweep
+from avstore.ingest import ingest
 from avstore.lock import StoreLock
 from avstore.records import read_plans
 from avstore.spec import Spec
 from avstore.spool import Payloads
 from avstore.store import open as open_store
+from avstore.tasks import sweep
 from avstore.worker import answer, load
 
 
@@ -446,7 +447,7 @@ def test_every_failing_call_leaves_a_store_that_goes_on(
 ) -> None:
     """The n-th `call` on a file of the store fails, for every n: the run stops with a MachineError that names the
     disk, committed tasks are whole, and a repeat makes the same bytes as an undisturbed run."""
-    monkeypatch.setattr("avstore.ingest.Pool", Here)
+    monkeypatch.setattr("avstore.crew.Pool", Here)
     folder = tmp_path / "in"
     folder.mkdir()
     for i in range(2):
