@@ -19,6 +19,7 @@ import json
 import os
 import pickle
 import queue
+import select
 import signal
 import socket
 import subprocess
@@ -195,7 +196,7 @@ class Loader:
             np.column_stack([numbers, s.places[numbers], s.frames[numbers], s.samples[numbers], s.sound[numbers],
                              s.boxes[numbers]]).astype(np.int64)
         )  # fmt: skip
-        self._generation = 0
+        self._generation = self._next = 0
         self._handed: deque[Batch] = deque()
         self.start()
 
@@ -237,6 +238,7 @@ class Loader:
         while self._handed:
             self._handed.popleft().release()
         self._generation += 1
+        self._next = start
         generation = self._generation
         live.run(generation, start, stop, 0)
         try:
@@ -253,6 +255,7 @@ class Loader:
                 batch = self._batch(step, slot, live)
                 batch.wait = time.perf_counter() - begin
                 self._handed.append(batch)
+                self._next = step + 1
                 yield batch
         finally:
             if generation == self._generation and self._live is live and live.pid == os.getpid():
@@ -268,6 +271,10 @@ class Loader:
         batch = Batch(step, epoch, index, **cast(dict[str, Any], arrays))
         batch._slot, batch._loader = slot, self
         return batch
+
+    def ready(self) -> bool:
+        """Whether the next batch of the running iteration can be had without waiting."""
+        return self._live is not None and self._live.has(self._generation, self._next)
 
     def _release(self, slot: int) -> None:
         if self._live is not None and self._live.pid == os.getpid():
@@ -327,21 +334,34 @@ class _Reader:
         while step not in self.ready:
             if step in self.failed:
                 raise _Failed(*self.failed[step])
-            came, at, slot, error = self._hear()
-            if came != generation:
-                continue  # of an iteration that has ended; its slots went back when this one began
-            if error is not None:
-                if at < 0:
-                    raise _Failed(*error)
-                self.failed[at] = error
-            else:
-                self.ready[at] = slot
+            self._next_message(generation)
         return self.ready.pop(step)
+
+    def has(self, generation: int, step: int) -> bool:
+        """Whether `wait` would not wait."""
+        while step not in self.ready and step not in self.failed and self._heard():
+            self._next_message(generation)
+        return step in self.ready or step in self.failed
+
+    def _next_message(self, generation: int) -> None:
+        came, at, slot, error = self._hear()
+        if came != generation:
+            return  # of an iteration that has ended; its slots went back when this one began
+        if error is None:
+            self.ready[at] = slot
+        elif at < 0:
+            raise _Failed(*error)
+        else:
+            self.failed[at] = error
 
     def _tell(self, kind: bytes, a: int, b: int, c: int, held: int) -> None:
         raise NotImplementedError
 
     def _hear(self) -> tuple[int, int, int, tuple[AvstoreError, int] | None]:
+        raise NotImplementedError
+
+    def _heard(self) -> bool:
+        """Whether `_hear` would not wait."""
         raise NotImplementedError
 
     def _end(self) -> None:
@@ -375,6 +395,9 @@ class _Threads(_Reader):
 
     def _hear(self) -> tuple[int, int, int, tuple[AvstoreError, int] | None]:
         return self.queue.get()
+
+    def _heard(self) -> bool:
+        return not self.queue.empty()
 
     def _end(self) -> None:
         self.filler.close()
@@ -435,6 +458,11 @@ class _Process(_Reader):
         kind, generation, step, slot = TO_TRAINER.unpack_from(message)
         error = pickle.loads(message[TO_TRAINER.size :]) if kind == b"E" else None
         return generation, step, slot, error
+
+    def _heard(self) -> bool:
+        poll = select.poll()
+        poll.register(self.socket, select.POLLIN)
+        return bool(poll.poll(0))
 
     def _dead(self) -> MachineError:
         try:

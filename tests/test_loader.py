@@ -248,6 +248,20 @@ def test_a_batch_stays_until_later_ones_are_asked_for(raw: Path) -> None:
         assert [next(it).step for _ in range(6)] == [2, 3, 4, 5, 6, 7]
 
 
+@pytest.mark.parametrize("in_process", [True, False])
+def test_ready_says_whether_the_next_batch_would_wait(raw: Path, in_process: bool) -> None:
+    with loader(raw, in_process=in_process) as clips:
+        it = clips.steps(0, 3)
+        for step in range(3):
+            first = next(it)
+            assert first.step == step
+            end = time.monotonic() + 20
+            while step < 2 and not clips.ready():
+                assert time.monotonic() < end
+                time.sleep(0.01)
+        assert not clips.ready()  # nothing more comes
+
+
 def test_tensors_are_views_on_a_cpu(raw: Path) -> None:
     torch = pytest.importorskip("torch")
     with loader(raw) as clips:
