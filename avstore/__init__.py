@@ -10,6 +10,8 @@ Importing this package loads neither torch nor PyAV; what needs them imports the
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -32,9 +34,16 @@ _HOMES = {
 __all__ = ["Clip", "Store", "__version__", "ingest", "open", "verify"]
 
 
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        from importlib import import_module
+def _load(name: str) -> Any:
+    from importlib import import_module
 
-        return getattr(import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'avstore' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def _public(name: str) -> property:
+    # the setter ignores: importing the submodule avstore.ingest would put the module in the place of the function
+    return property(lambda _: _load(name), lambda _, __: None)
+
+
+_Package = type("_Package", (ModuleType,), {name: _public(name) for name in _HOMES})
+sys.modules[__name__].__class__ = _Package

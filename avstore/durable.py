@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -42,6 +44,33 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except (ValueError, UnicodeDecodeError) as e:
         raise CorruptError(f"{path} is not valid JSON", str(e), "avstore verify STORE names what is damaged") from e
+
+
+ZEROS = "0" * 64
+SEAL = re.compile(rb'"digest":"([0-9a-f]{64})"')
+
+
+def sealed_json(value: dict[str, Any]) -> bytes:
+    """Canonical JSON with a `digest`: the SHA-256 of these very bytes with 64 zeros in its place."""
+    data = canonical_json({**value, "digest": ZEROS})
+    return data.replace(ZEROS.encode(), hashlib.sha256(data).hexdigest().encode(), 1)
+
+
+def read_sealed(path: Path) -> Any:
+    """The value of a file of `sealed_json`, without its digest; CorruptError when a byte of it has changed."""
+    data = path.read_bytes()
+    found = SEAL.search(data)
+    if (
+        found is None
+        or hashlib.sha256(data[: found.start(1)] + ZEROS.encode() + data[found.end(1) :]).hexdigest()
+        != found[1].decode()
+    ):
+        raise CorruptError(
+            f"{path} is damaged", "its digest does not fit its bytes", "avstore verify STORE names what is damaged"
+        )
+    value = json.loads(data)
+    del value["digest"]
+    return value
 
 
 def sync_folder(folder: Path) -> None:

@@ -13,7 +13,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from avstore.durable import canonical_json, read_json
+from avstore.durable import read_sealed, sealed_json
 from avstore.errors import CorruptError
 from avstore.spec import FORMAT
 
@@ -85,7 +85,7 @@ class Plan:
     place: list[int]  # tape second where the slot begins
     seconds: list[int]  # length of the slot
     bytes: list[int]  # size of the file when it was planned
-    probe: list[str | None]  # reason, where probing already failed (then the slot has 0 seconds)
+    probe: list[str | None]  # `reason: message`, where probing already failed (then the slot has 0 seconds)
     columns: dict[str, list[str | None]] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -94,12 +94,12 @@ class Plan:
     def to_bytes(self) -> builtins.bytes:
         value = {k: v for k, v in self.__dict__.items() if k != "tasks"}
         value["tasks"] = [[t.number, t.shard, t.shards, t.first, t.count] for t in self.tasks]
-        return canonical_json({"format": FORMAT, **value})
+        return sealed_json({"format": FORMAT, **value})
 
     @classmethod
     def read(cls, path: Path) -> Plan:
         """Reads and checks a plan; CorruptError names the file and what contradicts."""
-        value = read_json(path)
+        value = read_sealed(path)
         try:
             if value.pop("format") != FORMAT:
                 raise ValueError("written by another version of the format")
@@ -133,7 +133,7 @@ class Record:
     fields: dict[str, list[Any]]
 
     def to_bytes(self) -> bytes:
-        return canonical_json(
+        return sealed_json(
             {
                 "format": FORMAT,
                 "task": self.task,
@@ -158,7 +158,7 @@ class Record:
 
     @classmethod
     def read(cls, path: Path) -> Record:
-        value = read_json(path)
+        value = read_sealed(path)
         try:
             if value.pop("format") != FORMAT:
                 raise ValueError("written by another version of the format")

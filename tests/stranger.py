@@ -70,7 +70,12 @@ class Stranger:
             number += 1
 
     def json(self, path: str) -> Any:
-        return json.loads((self.root / path).read_text(encoding="utf-8"))
+        data = (self.root / path).read_bytes()
+        value = json.loads(data)
+        if not path.endswith("zarr.json"):  # plans and records carry the digest of their own bytes
+            blank = data.replace(value["digest"].encode(), b"0" * 64, 1)
+            assert hashlib.sha256(blank).hexdigest() == value["digest"], path
+        return value
 
     def current(self) -> dict[str, int]:
         """Key -> its latest number that has a record, else its first."""

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from avstore.durable import canonical_json, read_json, replacing, write_atomic, write_new
+from avstore.durable import canonical_json, read_json, read_sealed, replacing, sealed_json, write_atomic, write_new
 from avstore.errors import CorruptError, MachineError
 
 json_values = st.recursive(
@@ -85,3 +85,19 @@ def test_damaged_json_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(b'{"x": ')
     with pytest.raises(CorruptError, match=r"a\.json is not valid JSON"):
         read_json(tmp_path / "a.json")
+
+
+@given(st.dictionaries(st.sampled_from("abcd"), json_values, min_size=1), st.data())
+def test_a_sealed_file_tells_of_every_changed_bit(
+    tmp_path_factory: pytest.TempPathFactory, value: dict[str, object], data: st.DataObject
+) -> None:
+    file = tmp_path_factory.mktemp("sealed") / "a.json"
+    sealed = sealed_json(value)
+    file.write_bytes(sealed)
+    assert read_sealed(file) == value
+    changed = bytearray(sealed)
+    bit = data.draw(st.integers(0, len(sealed) * 8 - 1))
+    changed[bit // 8] ^= 1 << bit % 8
+    file.write_bytes(changed)
+    with pytest.raises(CorruptError, match="digest"):
+        read_sealed(file)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import avstore
-from avstore.durable import canonical_json
+from avstore.durable import canonical_json, sealed_json
 from avstore.errors import CorruptError
 from avstore.records import FIELDS, Plan, Record, Task, fraction, plan_path, read_plans, record_path, video_key
 from avstore.sources import encode_path
@@ -56,7 +56,7 @@ def store(tmp_path: Path) -> Path:
 
 def change(file: Path, **values: Any) -> None:
     value = {**json.loads(file.read_bytes()), **values}
-    file.write_bytes(canonical_json({k: v for k, v in value.items() if v is not ...}))
+    file.write_bytes(sealed_json({k: v for k, v in value.items() if v is not ...}))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 
 import avstore
 from avstore.codecs import MISSING, crc32c
-from avstore.durable import canonical_json
+from avstore.durable import canonical_json, sealed_json
 from avstore.errors import ConflictError, NotFoundError
 from avstore.ingest import ingest
 from avstore.shard import INDEX_ROW
@@ -137,7 +137,7 @@ def recounted(store: Path, change: Callable[[dict], None]) -> None:
     file = store / "commits" / "000000.json"
     value = json.loads(file.read_bytes())
     change(value)
-    file.write_bytes(canonical_json(value))
+    file.write_bytes(sealed_json(value))
 
 
 def test_a_count_beyond_the_chunks_is_a_hole(store: Path) -> None:
@@ -200,7 +200,7 @@ def test_a_damaged_plan_and_record(store: Path) -> None:
     record.write_bytes(data[:-20])
     assert one(verify(store)).task == 0
     record.write_bytes(data.replace(b'":', b'": ', 1))
-    assert "canonical" in verify(store).faults[0].what
+    assert "digest" in verify(store).faults[0].what
     record.write_bytes(data)
     plan = store / "plans/0001.json"
     plan.write_bytes(plan.read_bytes()[:-1])
@@ -214,7 +214,7 @@ def test_overlapping_slots_are_a_fault(store: Path) -> None:
     file = store / "plans/0001.json"
     value = json.loads(file.read_bytes())
     value["place"][1] = value["place"][0]
-    file.write_bytes(canonical_json(value))
+    file.write_bytes(sealed_json(value))
     assert "slot of video 1" in verify(store).faults[0].what
 
 
