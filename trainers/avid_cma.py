@@ -134,7 +134,8 @@ class Config:
             raise UsageError("the configuration of avid-cma does not hold", "; ".join(wrong), "correct it with --set")
 
 
-# the demo set on two CPU cores, after a tiny AVID [ours]
+# a few hundred clips, after a tiny AVID [ours]. Few and weak within-modal negatives: among so few videos a tenth of any
+# draw is of the video's own kind, and 64 of them pushed apart what AVID had brought together (docs/decisions.md)
 TINY = Config(
     video_depth=10,
     width=16,
@@ -144,13 +145,15 @@ TINY = Config(
     frames=8,
     fps=8,
     size=64,
-    positives=16,
+    positives=32,
     negatives=64,
-    within_negatives=0,
+    within_negatives=4,
+    weight_cross_instance=0.8,
+    weight_within_positive=0.2,
     batch=24,
-    learning_rate=2e-4,
+    learning_rate=5e-4,
     schedule="cosine",
-    epochs=4,
+    epochs=3,
     refresh_epochs=2,
     draws=2,
 )
