@@ -9,12 +9,14 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from avstore.children import Job, Pool, Result
 from avstore.durable import temporary
 from avstore.errors import InterruptedRun, MachineError
+from avstore.plan import too_long
 from avstore.records import Plan
 from avstore.sources import Entry, decode_path, encode_path, require_root
 from avstore.spec import Spec
@@ -129,6 +131,13 @@ class Crew:
         for outside in (full, f"{self.folder}/"):
             message = message.replace(outside, "" if outside.endswith("/") else path)
         return header["failed"], _plain(" ".join(message.split()))[:500]
+
+    def failed_facts(self, header: dict[str, Any], path: str, slot: int) -> dict[str, Any]:
+        """The facts of a planned video that failed; raises as `failure`."""
+        reason, message = self.failure(header, path)
+        if reason == "longer_than_planned" and header.get("seconds"):
+            message = too_long(Fraction(header["seconds"]), slot)
+        return {"status": "failed", "reason": reason, "message": message}
 
     def _died(self, job: Job, reason: str, message: str) -> None:
         if self.on_death is not None:

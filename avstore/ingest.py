@@ -13,7 +13,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from avstore.errors import ConflictError, InterruptedRun, MachineError, UsageErr
 from avstore.events import Event, Summary
 from avstore.ledger import Ledger
 from avstore.lock import StoreLock, require_locks
-from avstore.plan import Probed, split_failure, too_long
+from avstore.plan import Probed, split_failure
 from avstore.planning import SPEC_FIELDS
 from avstore.records import Plan, Task
 from avstore.sources import Listing, encode_path
@@ -250,27 +249,24 @@ class _Run:
     def _video(self, plan: Plan, number: int, results: Iterator[Result], writer: TaskWriter) -> dict[str, Any]:
         """The facts of the next video of a task; its payloads go to the writer."""
         i = number - plan.first_video
-        key, path, slot = plan.key[i], plan.path[i], plan.seconds[i]
         planned = plan.probe[i]
         if planned is not None:
             reason, message = split_failure(planned)
+            facts: dict[str, Any] = {"status": "failed", "reason": reason, "message": message}
         else:
             result = next(results)
-            header = result.header
-            if "facts" in header and result.payloads is not None:
-                writer.add(plan.place[i], header["index"], result.payloads)
-                facts = header["facts"]
+            if "facts" in result.header and result.payloads is not None:
+                writer.add(plan.place[i], result.header["index"], result.payloads)
+                facts = result.header["facts"]
                 seconds = facts["samples"] / self.spec.sample_rate
                 if facts["frames"]:
                     seconds = facts["frames"] / self.spec.fps
                 self.summary.seconds += seconds
-                self.tell(events.VideoDone(number, key, seconds))
+                self.tell(events.VideoDone(number, plan.key[i], seconds))
                 return facts
-            reason, message = self.crew.failure(header, path)
-            if reason == "longer_than_planned" and header.get("seconds"):
-                message = too_long(Fraction(header["seconds"]), slot)
-        self.tell(events.VideoDone(number, key, 0.0, reason, message))
-        return {"status": "failed", "reason": reason, "message": message}
+            facts = self.crew.failed_facts(result.header, plan.path[i], plan.seconds[i])
+        self.tell(events.VideoDone(number, plan.key[i], 0.0, facts["reason"], facts["message"]))
+        return facts
 
     def _again(self, lock: StoreLock) -> None:
         """Plans videos that turned out longer than their slot with their true length, and does them."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,12 @@ def sweep(root: Path) -> list[Path]:
     Only for the holder of the exclusive lock: the files of a run that still works look the same.
     """
     gone = []
-    for folder, _, names in os.walk(root):
+    for folder, subfolders, names in os.walk(root):
+        for name in [n for n in subfolders if UNFINISHED.search(n)]:
+            subfolders.remove(name)
+            with machine_errors(Path(folder) / name):
+                shutil.rmtree(Path(folder) / name)
+            gone.append(Path(folder) / name)
         for name in names:
             if UNFINISHED.search(name):
                 path = Path(folder) / name

@@ -176,6 +176,12 @@ def verify(
         bool, typer.Option("--quick", help="Plans, records, metadata, sizes and indexes; not the bytes of the chunks.")
     ] = False,
     threads: Annotated[int | None, typer.Option(help="Shards read at once. Default: the CPUs.")] = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Make what is damaged again, from the source files; healthy bytes stay.")
+    ] = False,
+    source: Annotated[
+        Path | None, typer.Option(help="With --repair: the folder of the source files. Default: as it was ingested.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Read everything and name what is damaged: the file, the video, the second. Exit 1 when something is."""
@@ -186,6 +192,13 @@ def verify(
     if threads is not None and threads < 1:
         raise UsageError(f"--threads {threads}", "at least one")
     path = store_path(store)
+    if repair:
+        if quick:
+            raise UsageError("--quick with --repair", "a repair reads everything first", "leave --quick away")
+        _repair(path, source, json)
+        return
+    if source is not None:
+        raise UsageError("--source without --repair", "verify reads the store alone", "add --repair")
     shown = 0
     with console.Progress("verify", "tasks") as progress:
 
@@ -215,6 +228,38 @@ def verify(
     console.warn(f"{path}: {faults} faults in {len(report.damaged)} videos, tasks to make again: "
                  f"{', '.join(map(str, report.tasks)) or 'none'} ({read})")  # fmt: skip
     raise typer.Exit(1)
+
+
+def _repair(path: Path, source: Path | None, json: bool) -> None:
+    """Repairs and says what was found, made again, and left; exit 1 when something is left."""
+    from avstore.repair import Remade, repair
+    from avstore.verify import Checked, Fault
+
+    with console.Progress("verify", "tasks") as progress:
+
+        def show(event: Any) -> None:
+            if isinstance(event, Checked):
+                progress.update(event.done, event.total, media=event.seconds, extra=console.size(event.size))
+            elif isinstance(event, Remade):
+                progress.stage_is("repair")
+                progress.update(event.done, event.total)
+            elif isinstance(event, Fault) and not json:
+                console.data(_fault(event))
+
+        out = repair(path, source, on_event=show)
+    if json:
+        console.as_json(out.to_json())
+    if out.swept:
+        console.say(f"{len(out.swept)} leftovers of interrupted commands removed")
+    if out.found.ok and not out.files:
+        console.say(f"{path}: whole, nothing to repair")
+    else:
+        console.say(f"{path}: {len(out.found.faults) + out.found.more} faults; {len(out.tasks)} tasks made again, "
+                    f"{len(out.files)} files written")  # fmt: skip
+    for what, why in out.left:
+        console.warn(f"left: {console.visible(what)}: {console.visible(why)}")
+    if not out.ok:
+        raise typer.Exit(1)
 
 
 def _fault(fault: Any) -> str:
