@@ -48,10 +48,10 @@ demo: $(VENV)/.installed
 	$(AVSTORE) query $(STORE) --run avid-cma --audio $(CLIP)
 	$(AVSTORE) query $(STORE) --run avid-cma --audio $(CLIP) --to video
 
-# ---- tests
+# ---- tests: two processes of one thread each (threads of two processes on two cores wait for each other)
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -m "slow and not gpu" --timeout 1800

@@ -34,14 +34,26 @@ def tiny_media(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[ON_REAL_MEDIA] = set()
+    config.pluginmanager.register(RealMedia(config))
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[pytest.TestReport]:
     report = yield
     if report.when == "call" and not report.skipped and "shared" in getattr(item, "fixturenames", ()):
-        item.config.stash[ON_REAL_MEDIA].add(item.nodeid)
+        report.user_properties.append(("real media", True))  # travels from a worker of xdist to where it is counted
     return report
+
+
+class RealMedia:
+    """Counts, where all reports arrive, the tests that ran on real media."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.seen = config.stash[ON_REAL_MEDIA]
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if ("real media", True) in report.user_properties:
+            self.seen.add(report.nodeid)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
