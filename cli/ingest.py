@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from avstore.errors import UsageError, did_you_mean
+from avstore.errors import UsageError
 from cli import console
 from cli.choose import number_pair
 
@@ -71,7 +70,10 @@ def ingest(
     picture = _size(size) if size else None
     share = number_pair(shard, "--shard") if shard else None
     if dry_run:
-        _preview(source, store, root, list_kind, profile, picture, given, json)
+        _preview(
+            source, store, json, root=root, list_kind=list_kind, profile=profile, size=picture, workers=workers,
+            retry_failed=retry_failed, changed=changed, **given,
+        )  # fmt: skip
         return
     show = _Show(json)
     stop = threading.Event()
@@ -186,69 +188,52 @@ def _list(texts: Any) -> str:
     return ", ".join(console.visible(t) for t in texts)
 
 
-def _preview(
-    source: Path,
-    store: Path | None,
-    media: Path | None,
-    list_kind: str | None,
-    profile: str | None,
-    size: tuple[int, int] | None,
-    given: dict[str, Any],
-    json: bool,
-) -> None:
-    """What an ingest would find: counts, bytes, what is new, free disk. Nothing is probed, nothing is written."""
-    import shutil
-    from collections import Counter
+def _preview(source: Path, store: Path | None, json: bool, **how: Any) -> None:
+    """What an ingest would do: counts, hours, bytes, time, free disk, what the files are like. Writes nothing."""
+    from avstore import events
+    from avstore.estimate import estimate
 
-    from avstore.groups import is_store
-    from avstore.lists import is_list, read_list
-    from avstore.sources import read_source
-    from avstore.spec import PROFILES, Spec
-    from avstore.store import open as open_store
+    with console.Progress("probe", "files") as progress:
 
-    name = source.resolve().stem if source.is_file() else source.resolve().name
-    root = store if store is not None else Path(f"{name}.zarr")
-    report = None
-    if media is not None or list_kind is not None or is_list(source):
-        listing, report = read_list(source, media, list_kind)
-    else:
-        listing = read_source(source, [root])
-    if is_store(root):
-        spec = open_store(root).spec
-        known = set(open_store(root).keys)
-    else:
-        if profile is not None and profile not in PROFILES:
-            raise UsageError(f"no profile {profile!r}", did_you_mean(profile, PROFILES))
-        height, width, fps = PROFILES[profile or "112"]
-        if size is not None:
-            height, width = size
-        spec, known = Spec(**{"height": height, "width": width, "fps": fps, **given}), set()
-    folder = root.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    kinds = Counter(os.path.splitext(e.path)[1].lower() or "(none)" for e in listing.entries)
-    value = {
-        "store": str(root),
-        "spec": spec.to_json(),
-        "files": len(listing.entries),
-        "new": sum(e.key not in known for e in listing.entries),
-        "bytes": sum(e.size for e in listing.entries),
-        "suffixes": dict(kinds.most_common()),
-        "skipped": len(listing.skipped),
-        "list": None if report is None else str(report),
-        "free": shutil.disk_usage(folder).free,
-    }
+        def show(event: Event) -> None:
+            if isinstance(event, events.Probed):
+                progress.update(event.done, event.total)
+
+        out = estimate(source, store, on_event=show, **how)
     if json:
-        console.as_json(value)
+        console.as_json(out.to_json())
         return
-    console.pairs(
-        [
-            ("store", root),
-            ("clock", spec.clock),
-            ("files", f"{value['files']}, {value['new']} new, {console.size(sum(e.size for e in listing.entries))}"),
-            ("suffixes", ", ".join(f"{n} {k}" for k, n in kinds.most_common())),
-            ("not tried", len(listing.skipped)),
-            *([("list", report)] if report is not None else []),
-            ("free disk", console.size(shutil.disk_usage(folder).free)),
-        ]
-    )
+    spec = out.spec
+    some = f" (from {out.probed} of them)" if out.probed < out.new else ""
+    planned = f", {out.pending_tasks} tasks of it planned" if out.pending_tasks else ""
+    skipped = f", e.g. {_list(f'{p} ({w})' for p, w in out.skipped[:3])}" if out.skipped else ""
+    time = "unknown: nothing could be decoded"
+    if out.wall is not None:
+        time = f"{console.duration(out.wall)} with {out.workers} workers (timed on {out.sampled} videos)"
+    rows = [
+        ("store", out.store),
+        ("clock", (f"{spec['height']}x{spec['width']} at {spec['fps']} fps, " if spec["picture"] else "")
+                  + f"{spec['sample_rate']} Hz mono"),
+        ("files", f"{out.files}, {console.size(out.bytes)}; {out.new} new, {console.size(out.new_bytes)}"),
+        ("to do", f"{console.duration(out.hours * 3600)} of media{some}{planned}"),
+        ("time", time),
+        ("store grows by", "unknown" if out.size is None else f"about {console.size(out.size)}"),
+        ("free disk", console.size(out.free)),
+        *([("list", out.listed)] if out.listed else []),
+        ("suffixes", _counts(out.suffixes)),
+        ("frame rates", _counts(out.frame_rates)),
+        ("sizes", _counts(out.sizes)),
+        ("sound rates", _counts(out.sound_rates)),
+        ("would fail", _counts(out.failed) if out.failed else "none that a probe can tell"),
+        ("not tried", f"{len(out.skipped)}{skipped}"),
+    ]  # fmt: skip
+    console.pairs(rows)
+    if out.note:
+        console.say(out.note)
+    if not out.fits:
+        console.warn("the disk is too small for it")
+
+
+def _counts(counts: dict[str, int], most: int = 8) -> str:
+    shown = [f"{n} {k}" for k, n in list(counts.items())[:most]]
+    return ", ".join(shown) + (f", {len(counts) - most} more kinds" if len(counts) > most else "")
