@@ -103,12 +103,24 @@ def estimate(
     new = [e for e in entries if planning.wanted(ledger, e, retry_failed, changed)]
     drawn = new if len(new) <= MOST_PROBED else random.Random(0).sample(new, MOST_PROBED)
     out = Estimate(
-        store=target.name if store is None else str(target), spec=spec.to_json(), files=len(entries), bytes=sum(e.size for e in entries), new=len(new),
-        new_bytes=sum(e.size for e in new), probed=len(drawn), hours=0.0, size=None, wall=None, workers=0, sampled=0,
-        free=_free(target), pending_tasks=len(ledger.pending()), skipped=listing.skipped,
-        listed=None if report is None else str(report),
+        store=target.name if store is None else str(target),
+        spec=spec.to_json(),
+        files=len(entries),
+        bytes=sum(e.size for e in entries),
+        new=len(new),
+        new_bytes=sum(e.size for e in new),
+        probed=len(drawn),
+        hours=0.0,
+        size=None,
+        wall=None,
+        workers=0,
+        sampled=0,
+        free=_free(target),
+        pending_tasks=len(ledger.pending()),
         suffixes=dict(Counter(os.path.splitext(e.path)[1].lower() or "(none)" for e in entries).most_common()),
-    )  # fmt: skip
+        skipped=listing.skipped,
+        listed=None if report is None else str(report),
+    )
     with (
         tempfile.TemporaryDirectory() as spools,
         Crew(listing.root, spec, Path(spools), workers=workers, stop=stop) as crew,

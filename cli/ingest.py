@@ -181,7 +181,16 @@ class _Show:
             if keys:
                 console.warn(f"{len(keys)} files are {word}, e.g. {_list(keys[:3])}: {what}")
         if s.ok and not s.pending:
-            console.say(f"next: avstore train avid-cma {s.store}")
+            console.say(f"next: {_next(s.store)}")
+
+
+def _next(store: Path) -> str:
+    """What to type after an ingest: a training where some video is both seen and heard."""
+    from avstore.catalogue import Catalogue
+
+    there = Catalogue(store)
+    both = (there.has_picture & there.has_sound)[there.numbers].any()
+    return f"avstore train avid-cma {store}" if both else f"avstore ls {store}"
 
 
 def _list(texts: Any) -> str:
