@@ -125,7 +125,7 @@ def select(
         numbers = numbers[np.sort(np.array(order[:subset]))]
         said.append(f"subset {subset} seed {seed}")
     if not len(numbers):
-        splits = sorted({str(s) for s in store.column("split")}) if "split" in store.columns else []
+        splits = sorted({str(s) for s in store.column("split") if s is not None}) if "split" in store.columns else []
         raise UsageError(
             "no videos are left in this selection",
             "; ".join(said) or "the store has no ok videos",
