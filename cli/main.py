@@ -91,6 +91,9 @@ def _root(
 
 def run(arguments: list[str] | None = None) -> None:
     """Runs the command line and ends the process with its exit code."""
+    # OpenMP threads that wait by spinning starve each other as soon as the cores are shared (docs/decisions.md); it is
+    # read when torch is loaded
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     code = invoke(sys.argv[1:] if arguments is None else arguments)
     try:
         sys.stdout.flush()
