@@ -1,0 +1,107 @@
+"""`bench loader` on a small set: rows hold measurements, who cannot run is left out with a reason, files are kept."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+
+from avstore.errors import UsageError
+from benchmarks import contenders, loader
+from benchmarks.contenders import ClipSet, clip_list, measure, pack, shuffled, unpack
+from tests.tiny_store import Tiny, default_spec, make_store
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> ClipSet:
+    folder = tmp_path_factory.mktemp("bench")
+    make_store(
+        folder / "jpeg.zarr", [Tiny(3.0), Tiny(0.5), Tiny(20.5)], default_spec(codec="jpeg", height=128, width=176)
+    )
+    for path, inner in ((folder / "raw.zarr", 1), (folder / "raw-seconds.zarr", 0)):
+        loader._write_raw(folder / "jpeg.zarr", path, inner)
+    return ClipSet(str(folder), str(folder))
+
+
+def test_clips_do_not_overlap_and_every_epoch_has_all_of_them(work: ClipSet) -> None:
+    store, found = clip_list(work.jpeg)
+    assert len(found) == 3 + 0 + 20  # whole clips of 16 frames
+    assert (np.diff(np.sort(found[:, 1])) >= 16).all()
+    order = shuffled(work, 23)
+    first, second = ([next(order) for _ in range(23)] for _ in range(2))
+    assert sorted(first) == sorted(second) == list(range(23)) and first != second
+    record = pack(contenders.payloads(store, int(found[4, 1])))
+    clip = store.clip(int(found[4, 0]), int(found[4, 1] - store.places[found[4, 0]] * 16) / 16, 16, 16)
+    assert np.array_equal(unpack(record), clip.frames)
+
+
+def test_the_raw_stores_hold_the_same_pixels(work: ClipSet) -> None:
+    jpeg, raw = clip_list(work.jpeg), clip_list(work.raw)
+    assert np.array_equal(jpeg[1], raw[1]) and raw[0].spec.codec == "raw"
+    wide = zarr.open_array(work.seconds / "frames", mode="r")
+    assert wide.chunks == (16, 128, 176, 3)
+    for number, row in jpeg[1][[0, 5, 22]].tolist():
+        at = (row - int(jpeg[0].places[number]) * 16) / 16
+        frames = jpeg[0].clip(number, at, 16, 16).frames
+        assert np.array_equal(raw[0].clip(number, at, 16, 16).frames, frames)
+        assert np.array_equal(wide[row : row + 16], frames)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["libjpeg-turbo", "avstore jpeg in-process", "avstore raw", "memcpy", "zarr-python", "zarr-python 1 s chunks"],
+)
+def test_contenders_deliver(work: ClipSet, name: str) -> None:
+    contender = contenders.CONTENDERS[name]
+    batches = contender.batches(ClipSet(work.work, work.media, 1, 4))
+    got = measure(batches, contender.ahead, 0.05)
+    assert got["clips"] >= 4 and got["clips"] % 4 == 0 and got["seconds"] >= 0.05
+    assert contenders.all_files(contender.files(work))
+
+
+def test_one_that_cannot_run_is_left_out_with_its_reason(work: ClipSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(contenders.CONTENDERS, "no such contender", contenders.CONTENDERS["memcpy"])  # here only
+    with loader._Field(work, ["memcpy", "no such contender"], lambda *_: None) as field:
+        field.rounds(1, 0.05)
+    assert "memcpy" in field.children and "ended with" in field.left_out["no such contender"]
+    rows = {r["contender"]: r for r in field.tables(1, 0.05)[0].rows}
+    assert "left out: its process ended" in rows["no such contender"]["note"]
+    assert rows["memcpy"]["ratio"] == 1.0 and rows["memcpy"]["clips/s"] > 0
+
+
+def test_wrong_names_are_told(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no contender"):
+        loader.run(tmp_path, tmp_path / "work", only=["avstore jpg"])
+    with pytest.raises(UsageError, match="nothing to measure"):
+        loader.run(tmp_path, tmp_path / "work", rounds=0)
+
+
+def test_a_case_answers_one_line_of_json(work: ClipSet) -> None:
+    given = {"store": str(work.jpeg), "videos": 700, "seconds": 0.1}
+    asked = [sys.executable, "-m", "benchmarks.loader_cases", "growth", json.dumps(given)]
+    root = Path(loader.__file__).parents[1]
+    done = subprocess.run(asked, capture_output=True, text=True, check=True, cwd=root)
+    answer = json.loads(done.stdout)
+    assert answer["first batch s"] > 0 and answer["CPU ms/clip"] >= 0 and answer["memory MB"] > 0
+
+
+@pytest.mark.slow
+def test_the_whole_from_media_to_tables(tiny_media: Path, tmp_path: Path) -> None:
+    stages: list[str] = []
+    tables = loader.run(
+        tiny_media, tmp_path / "work", threads=[1], rounds=1, seconds=0.2, only=["avstore jpeg", "zarr-python"],
+        progress=lambda stage, done, total: stages.append(stage),
+    )  # fmt: skip
+    assert [r["contender"] for t in tables for r in t.rows] == [
+        "libjpeg-turbo",
+        "avstore jpeg",
+        "memcpy",
+        "zarr-python",
+    ]
+    assert all(r["clips/s"] > 0 for t in tables for r in t.rows) and "cold" in stages
+    json.dumps([t.to_json() for t in tables])
