@@ -1,15 +1,25 @@
-"""A small source folder with everything an ingest must account for, and the digest of a store's bytes."""
+"""A small source folder with everything an ingest must account for, its store made once per session, the digest of a
+store's bytes, and a stand-in for the pool of children that works in this process."""
 
 from __future__ import annotations
 
 import hashlib
 import shutil
 import struct
+import threading
 import wave
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+
+from avstore.children import Job, Result
+from avstore.ingest import ingest
+from avstore.spec import Spec
+from avstore.spool import Payloads
+from avstore.worker import answer, load
 
 SPEC: dict[str, Any] = {"size": (32, 48), "fps": 8, "sample_rate": 8000, "front_ends": (), "shard_seconds": 8}
 
@@ -61,3 +71,37 @@ def digest(store: Path) -> dict[str, str]:
         for p in sorted(store.rglob("*"))
         if p.is_file() and p.relative_to(store).parts[0] not in ("lock", "logs")
     }
+
+
+_made: dict[str, Path] = {}
+
+
+def made_once(tmp_path_factory: pytest.TempPathFactory, tiny_media: Path) -> tuple[Path, Path]:
+    """(source, store): the folder of `mixed` and its store with SPEC, made by one worker without interruption. Both are
+    shared by all tests of the session: copy what is to be changed."""
+    if not _made:
+        folder = tmp_path_factory.mktemp("mixed")
+        source = mixed(tiny_media, folder / "media")
+        summary = ingest(source, folder / "media.zarr", workers=1, **SPEC)
+        assert (summary.ok, summary.failed) == (9, 2), summary.failures
+        _made.update(source=source, store=folder / "media.zarr")
+    return _made["source"], _made["store"]
+
+
+class Here:
+    """Stands in for the pool of children where only the parent is tested: same jobs, same decoder, same headers, in
+    this process, so that thousands of runs take seconds."""
+
+    def __init__(self, workers: int, spec: Spec, on_death: object = None) -> None:
+        self.workers, self.spec = workers, spec
+
+    def run(self, jobs: Iterable[Job], stop: threading.Event) -> Iterator[Result]:
+        for job in jobs:
+            header, body = answer(dict(job.__dict__), self.spec)
+            yield Result(job, header, Payloads(body, Path(job.spool)) if "index" in header else None)
+
+    def hello(self) -> dict[str, str]:
+        return load(self.spec)
+
+    def close(self) -> None:
+        pass

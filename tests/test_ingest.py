@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,35 +16,29 @@ import faulty
 import numpy as np
 import pytest
 import zarr
-from ingest_media import SPEC, digest, mixed, write_wav
+from ingest_media import SPEC, Here, digest, made_once, write_wav
 
-from avstore.children import Job, Result
 from avstore.codecs import decode_jpeg_into, encode_jpeg
 from avstore.decode_pyav import decode
 from avstore.errors import AvstoreError, ConflictError, InterruptedRun, MachineError, NotFoundError, UsageError
-from avstore.events import ChildDied, Event, Planned, Started, TaskDone, VideoDone
+from avstore.events import ChildDied, Event, Started, TaskDone, VideoDone
 from avstore.ingest import ingest
 from avstore.lock import StoreLock
 from avstore.records import read_plans
 from avstore.spec import Spec
-from avstore.spool import Payloads
 from avstore.store import open as open_store
 from avstore.tasks import sweep
-from avstore.worker import answer, load
 
 
 @pytest.fixture(scope="module")
 def source(tiny_media: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return mixed(tiny_media, tmp_path_factory.mktemp("source") / "media")
+    return made_once(tmp_path_factory, tiny_media)[0]
 
 
 @pytest.fixture(scope="module")
-def made(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The store of `source`, made by one worker without interruption. Read only."""
-    store = tmp_path_factory.mktemp("made") / "media.zarr"
-    summary = ingest(source, store, workers=1, **SPEC)
-    assert (summary.ok, summary.failed) == (9, 2)
-    return store
+def made(tiny_media: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The store of `source`. Read only."""
+    return made_once(tmp_path_factory, tiny_media)[1]
 
 
 class Recorder:
@@ -264,32 +258,6 @@ def test_bad_calls_are_told_and_touch_nothing(
     assert sorted(Path().rglob("*")) == before
 
 
-def test_hostile_names_are_only_data(tmp_path: Path) -> None:
-    folder = tmp_path / "in"
-    folder.mkdir()
-    names = [
-        b"-rf.wav",
-        b"a\nb.wav",
-        b"[red]x[bold].wav",
-        b"\xff\xfe.wav",
-        b"%FF%FE.wav",
-        b"a#1-2.wav#1-2",
-        b"c:d|e .wav",
-    ]
-    for i, name in enumerate(names):
-        write_wav(folder / "x.wav", 1, seed=i)
-        os.rename(folder / "x.wav", os.path.join(os.fsencode(folder), name))
-    deep = folder / ("d" * 200) / ("e" * 200)
-    deep.mkdir(parents=True)
-    write_wav(deep / ("f" * 200 + ".wav"), 1)
-    summary = ingest(folder, tmp_path / "s.zarr", sample_rate=8000, front_ends=())
-    assert summary.failures == [] and summary.ok == 8
-    assert {p.name for p in tmp_path.iterdir()} == {"in", "s.zarr"}
-    assert ingest(folder, tmp_path / "s.zarr").new == 0
-    with open_store(tmp_path / "s.zarr") as store:
-        assert {v.key for v in store if "%" in v.key} == {"%FF%FE.wav", "%25FF%25FE.wav", "a#1-2.wav%231-2"}
-
-
 def test_a_file_that_crashes_the_decoder_costs_one_file(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -319,44 +287,6 @@ def test_a_failing_disk_stops_with_nothing_committed_and_goes_on_later(
             ingest(folder, store, **options)
     assert not list(store.glob("plans/*")) and not list(store.glob("commits/*"))
     assert ingest(folder, store, **options).ok == 2
-
-
-def test_a_source_that_vanishes_stops_with_nothing_blamed(source: Path, tmp_path: Path) -> None:
-    folder, store = tmp_path / "in", tmp_path / "s.zarr"
-    folder.mkdir()
-    for i in range(4):
-        write_wav(folder / f"{i}.wav", 6, seed=i)  # slots of 7: a shard, and a task, each
-
-    def vanish(event: Event) -> None:
-        if isinstance(event, TaskDone) and event.task == 0:
-            shutil.move(folder, tmp_path / "away")
-
-    options: dict[str, Any] = {"sample_rate": 8000, "front_ends": (), "shard_seconds": 8, "workers": 1}
-    big = {**options, "on_event": vanish}
-    try:
-        summary = ingest(folder, store, **big)
-        assert summary.failed == 0  # the child was ahead of us: then nothing was missing
-    except MachineError as e:
-        assert "vanished" in e.what
-    shutil.move(tmp_path / "away", folder)
-    summary = ingest(folder, store, **options)
-    assert (summary.ok, summary.failed) == (4, 0)
-
-
-def test_a_file_that_vanishes_is_that_files_failure(tmp_path: Path) -> None:
-    folder, store = tmp_path / "in", tmp_path / "s.zarr"
-    folder.mkdir()
-    for name in "abc":
-        write_wav(folder / f"{name}.wav", 1)
-
-    def at_plan(event: Event) -> None:
-        if isinstance(event, Planned):
-            (folder / "b.wav").unlink()
-
-    summary = ingest(folder, store, sample_rate=8000, front_ends=(), on_event=at_plan)
-    assert summary.failures == [("b.wav", "unreadable", "No such file or directory")] and summary.ok == 2
-    assert summary.removed == []  # it was there when the folder was read
-    assert ingest(folder, store).removed == ["b.wav"]
 
 
 def test_stop_leaves_what_is_committed_and_a_repeat_finishes(source: Path, made: Path, tmp_path: Path) -> None:
@@ -421,27 +351,16 @@ def test_a_store_made_anew_by_an_older_interrupted_begin_is_clean(tmp_path: Path
     assert digest(store) == digest(tmp_path / "fresh.zarr")
 
 
-class Here:
-    """Stands in for the pool of children where only the parent's writing is tested: same jobs, same decoder, same
-    headers, in this process, so that thousands of runs take seconds."""
-
-    def __init__(self, workers: int, spec: Spec, on_death: object = None) -> None:
-        self.workers, self.spec = workers, spec
-
-    def run(self, jobs: Iterable[Job], stop: threading.Event) -> Iterator[Result]:
-        for job in jobs:
-            header, body = answer(dict(job.__dict__), self.spec)
-            yield Result(job, header, Payloads(body, Path(job.spool)) if "index" in header else None)
-
-    def hello(self) -> dict[str, str]:
-        return load(self.spec)
-
-    def close(self) -> None:
-        pass
+CALLS = ("open", "fsync", "rename", "link", "mkdir", "ftruncate", "write")
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
-@pytest.mark.parametrize("call", ["open", "fsync", "rename", "link", "mkdir", "ftruncate", "write"])
+@pytest.mark.parametrize(
+    ("call", "code"),
+    [
+        *((c, errno.ENOSPC) for c in CALLS),
+        *(pytest.param(c, errno.EIO, marks=pytest.mark.slow) for c in CALLS),
+    ],
+)
 def test_every_failing_call_leaves_a_store_that_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, code: int
 ) -> None:
