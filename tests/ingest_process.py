@@ -1,6 +1,7 @@
 """An ingest in a process of its own, for tests that kill it: `python ingest_process.py SOURCE STORE`.
 
-DIE_AT=n: the process kills itself (SIGKILL) right before the n-th call that changes the disk; DIE_AFTER=1: right after.
+SHARD=i/n: only this share. DIE_AT=n: the process kills itself (SIGKILL) right before the n-th call that changes the
+disk; DIE_AFTER=1: right after.
 Prints the number of such calls at the end.
 """
 
@@ -43,7 +44,9 @@ def main() -> None:
 
     for name in CALLS:
         setattr(os, name, counted(getattr(os, name)))
-    summary = ingest(sys.argv[1], sys.argv[2], workers=int(os.environ.get("WORKERS", "2")), **OPTIONS)
+    share = tuple(int(n) for n in os.environ["SHARD"].split("/")) if os.environ.get("SHARD") else None
+    workers = int(os.environ.get("WORKERS", "2"))
+    summary = ingest(sys.argv[1], sys.argv[2], workers=workers, shard=share, **OPTIONS)  # type: ignore[arg-type]
     print(count, summary.ok, summary.failed)
 
 
