@@ -80,3 +80,53 @@ def retrieval(
         console.data(table.to_markdown().rstrip())
     else:
         console.table(table)
+
+
+def loader(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="A folder of videos: all contenders read its clips.")],
+    work: Annotated[
+        Path,
+        typer.Option(help="Where the stores and the others' files are made and kept; gigabytes per hour of media."),
+    ] = Path("bench-loader"),
+    threads: Annotated[list[int] | None, typer.Option(help="Repeatable. Default: 1 and 2.")] = None,
+    rounds: Annotated[int, typer.Option(help="In each, every contender runs once.")] = 5,
+    seconds: Annotated[float, typer.Option(help="For how long, in each round.")] = 1.5,
+    only: Annotated[list[str] | None, typer.Option(help="A contender, repeatable; the limits are always in.")] = None,
+    cases: Annotated[
+        bool, typer.Option("--cases", help="Also what else comes along, beside a busy trainer, growth.")
+    ] = False,
+    warm: Annotated[bool, typer.Option("--warm", help="Leave out the epoch with a cold page cache.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Markdown tables on stdout.")] = False,
+    json: Json = False,
+) -> None:
+    """How fast clips come: avstore, other loaders, and the limit of the machine, side by side."""
+    from benchmarks import loader as speed
+
+    with console.Progress("loader", "steps") as progress:
+
+        def show(stage: str, done: int, total: int) -> None:
+            progress.stage_is(stage)
+            progress.update(done, total)
+
+        tables = speed.run(
+            source,
+            work,
+            threads=threads or (1, 2),
+            rounds=rounds,
+            seconds=seconds,
+            cold=not warm,
+            only=only or (),
+            progress=show,
+        )
+        if cases:
+            from benchmarks import loader_cases
+
+            tables += loader_cases.run(source, work, progress=show)
+    if json:
+        console.as_json([t.to_json() for t in tables])
+        return
+    for t in tables:
+        if markdown:
+            console.data(t.to_markdown().rstrip() + "\n")
+        else:
+            console.table(t)
