@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import sys
 import threading
 import time
@@ -327,11 +328,8 @@ def _litdata_record(part: tuple[str, int]) -> bytes:
 def litdata(clips: ClipSet) -> Iterator[int]:
     from litdata import StreamingDataLoader, StreamingDataset
 
-    class Clips(StreamingDataset):  # type: ignore[misc, unused-ignore]
-        def __getitem__(self, i: Any) -> np.ndarray:
-            return unpack(super().__getitem__(i))
-
-    data = Clips(str(clips.folder("litdata")), shuffle=True, seed=clips.seed, drop_last=True)
+    folder = str(clips.folder("litdata"))
+    data = StreamingDataset(folder, shuffle=True, seed=clips.seed, drop_last=True, transform=unpack)
     return _torch_batches(data, clips, StreamingDataLoader)
 
 
@@ -441,14 +439,16 @@ def drop(paths: list[Path]) -> None:
 
 
 def measure(batches: Iterator[int], skip: int, seconds: float, limit: int = 0) -> dict[str, float]:
-    """Clips and seconds of one run, after `skip` batches that may have been ready before it began."""
+    """Clips and seconds of one run of 8 batches or more, or `limit` clips, after `skip` batches that may have been
+    ready before it began."""
     for _ in range(skip):
         next(batches)
-    done, begin = 0, time.perf_counter()
+    done, count, begin = 0, 0, time.perf_counter()
     while True:
         done += next(batches)
+        count += 1
         passed = time.perf_counter() - begin
-        if passed >= seconds or (limit and done >= limit):
+        if (passed >= seconds and count >= 8) or (limit and done >= limit):
             return {"clips": done, "seconds": passed}
 
 
@@ -463,6 +463,7 @@ def main(name: str, given: dict[str, Any]) -> None:
         try:
             out: dict[str, Any] = {}
             if asked["do"] == "make":
+                shutil.rmtree(clips.folder(name), ignore_errors=True)  # what a run that was cut off left behind
                 contender.make(clips)
             elif asked["do"] == "drop":
                 drop(contender.files(clips))
