@@ -7,6 +7,8 @@ import os
 import random
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,8 @@ from avstore.lock import StoreLock
 from avstore.records import read_plans, record_path
 from avstore.repair import Remade, repair
 from avstore.verify import verify
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -274,3 +278,23 @@ def test_temporaries_of_a_killed_repair_are_swept(store: Path, whole: Path, sour
     (left / "c.0.0.0.0").write_bytes(b"half")
     ingest(source, store)
     assert digest(store) == digest(whole)
+
+
+def test_the_command(store: Path, whole: Path, tmp_path: Path) -> None:
+    """From outside, with real children: what is left is told with exit 1, what is repaired with 0."""
+
+    def run(*more: str) -> tuple[int, str, str]:
+        done = subprocess.run(
+            [sys.executable, "-m", "cli.main", "verify", str(store), *more],
+            capture_output=True, text=True, timeout=240, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        return done.returncode, done.stdout, done.stderr
+
+    name = next(n for n in digest(whole) if n.startswith("frames/c."))
+    flip(store / name, 2000)
+    (tmp_path / "empty").mkdir()
+    code, out, err = run("--repair", "--source", str(tmp_path / "empty"))
+    assert code == 1 and "at second" in out and "sources are missing or changed" in err, err
+    code, out, _ = run("--repair", "--json")
+    assert code == 0 and json.loads(out)["files"] == [name] and digest(store) == digest(whole)
+    assert run("--repair", "--quick")[0] == 2
