@@ -1,4 +1,4 @@
-# make demo       from a fresh clone to search by sight and sound, in one command (under ten minutes on two cores)
+# make demo       from a fresh clone to search by sight and sound, in one command (a CPU, minutes)
 # make test       the fast tests, with ruff and mypy among them
 # make test-slow  the tests that take minutes
 # PYTHON=python3.12 make ...   to choose the interpreter (3.11 to 3.13)

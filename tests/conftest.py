@@ -5,6 +5,7 @@ Tests that ran on the real media are counted at the end, so that a run without t
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,6 +34,8 @@ def tiny_media(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started by a shell's `&`: children would ignore Ctrl-C too
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     config.stash[ON_REAL_MEDIA] = set()
     config.pluginmanager.register(RealMedia(config))
 

@@ -266,7 +266,7 @@ def test_ingest_from_outside(tiny_media: Path, tmp_path: Path, run, monkeypatch:
     assert not (tmp_path / "set.zarr").exists()
     (tmp_path / "list.csv").write_text("path,label\ntrain/0.mp4,x\nnone.mp4,y\n")
     listed = json.loads(run("ingest", "list.csv", "--root", "set", "--dry-run", "--json")[1])
-    assert listed["files"] == 1 and "1 missing" in listed["list"]
+    assert listed["files"] == 1 and "1 missing" in listed["listed"]
     code, out, err = run("ingest", "set", "--workers", 1, "--json", "--front-end", "none")
     events = [json.loads(line) for line in out.splitlines()]
     assert code == 3 and events[-1]["event"] == "Summary", err

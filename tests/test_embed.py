@@ -93,6 +93,15 @@ def test_what_lies_on_the_tape(trained: tuple[Store, Run]) -> None:
         np.testing.assert_allclose(got, expected[tower][0].numpy(), atol=2e-3 * float(expected[tower].abs().max()))
 
 
+def same(folder: Path, before: dict[str, bytes]) -> None:
+    """The same files; a shard embedded alone goes through the nets in other batches, which moves the last bit."""
+    after = {p.name: p.read_bytes() for p in folder.iterdir()}
+    assert after.keys() == before.keys() and after["zarr.json"] == before["zarr.json"]
+    for name in after.keys() - {"zarr.json"}:
+        rows, expected = (np.frombuffer(x[name][:-4], "<f2").astype(np.float32) for x in (after, before))
+        np.testing.assert_allclose(rows, expected, atol=2e-3)
+
+
 def test_repeating_fills_what_is_missing_and_nothing_else(trained: tuple[Store, Run]) -> None:
     store, run = trained
     e.embed(run, store, name="again", towers=["video"])
@@ -103,14 +112,15 @@ def test_repeating_fills_what_is_missing_and_nothing_else(trained: tuple[Store, 
     assert {p.name: p.stat().st_mtime_ns for p in folder.iterdir()} == times
     (folder / "c.1.0").unlink()
     assert e.embed(run, store, name="again", towers=["video"]).shards == 1
-    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    same(folder, before)
     # killed half way: a dotted folder with one shard done
     dotted = folder.with_name(".video")
     shutil.copytree(folder, dotted)
     shutil.rmtree(folder)
     (dotted / "c.0.0").unlink()
     assert e.embed(run, store, name="again", towers=["video"]).shards == 1
-    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before and not dotted.exists()
+    same(folder, before)
+    assert not dotted.exists()
 
 
 def test_another_checkpoint_under_the_same_name(trained: tuple[Store, Run], tmp_path: Path) -> None:
