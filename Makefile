@@ -44,9 +44,9 @@ demo: $(VENV)/.installed
 	$(AVSTORE) embed $(RUNS)/avid $(STORE)
 	$(AVSTORE) embed $(RUNS)/avid-cma $(STORE)
 	$(AVSTORE) bench retrieval $(STORE) --run $(RUNS)/avid --run $(RUNS)/avid-cma
-	$(AVSTORE) query $(STORE) --run avid-cma --video $(CLIP)
-	$(AVSTORE) query $(STORE) --run avid-cma --audio $(CLIP)
-	$(AVSTORE) query $(STORE) --run avid-cma --audio $(CLIP) --to video
+	$(AVSTORE) query $(STORE) --run $(RUNS)/avid-cma --video $(CLIP)
+	$(AVSTORE) query $(STORE) --run $(RUNS)/avid-cma --audio $(CLIP)
+	$(AVSTORE) query $(STORE) --run $(RUNS)/avid-cma --audio $(CLIP) --to video
 
 # ---- tests: two processes of one thread each (threads of two processes on two cores wait for each other)
 
