@@ -394,6 +394,47 @@ def test_every_failing_call_leaves_a_store_that_goes_on(
     assert n > {"open": 10, "fsync": 10, "rename": 4, "link": 3, "mkdir": 5, "ftruncate": 1, "write": 8}[call]
 
 
+def test_bytes_before_names_and_names_before_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every file of a store is synced before it gets its name, its folder after that; a record gets its name only when
+    all of its shards have theirs, and its plan and metadata before them."""
+    monkeypatch.setattr("avstore.crew.Pool", Here)
+    (tmp_path / "in").mkdir()
+    for i in range(2):
+        write_wav(tmp_path / "in" / f"{i}.wav", 6, seed=i)
+    store, calls = tmp_path / "s.zarr", list[tuple[str, str]]()
+
+    def inside(path: Any) -> str:
+        return os.path.relpath(path, store)
+
+    real = {name: getattr(os, name) for name in ("fsync", "rename", "link")}
+    monkeypatch.setattr(
+        os,
+        "fsync",
+        lambda fd: (calls.append(("sync", inside(os.readlink(f"/proc/self/fd/{fd}")))), real["fsync"](fd))[1],
+    )
+    for name in ("rename", "link"):
+        monkeypatch.setattr(
+            os, name, lambda a, b, name=name: (calls.append(("name", inside(b))), real[name](a, b))[1]
+        )  # fmt: skip
+    ingest(tmp_path / "in", store, sample_rate=8000, front_ends=(), shard_seconds=8, workers=1)
+    named = [path for what, path in calls if what == "name" and ".tmp." not in path]
+    assert {*digest(store), "logs/source"} == set(named)
+    for path in named:
+        at = calls.index(("name", path))
+        assert calls[at - 1][0] == "sync" and calls[at - 1][1].startswith(f"{path}.tmp."), path
+        later = calls[at + 1 :]
+        assert ("sync", os.path.dirname(path) or ".") in later, path
+    records = [p for p in named if p.startswith("commits/")]
+    assert records == ["commits/000000.json", "commits/000001.json"]
+    for i, record in enumerate(records):
+        before = calls[: calls.index(("name", record))]
+        shard = before.index(("name", f"waveform/c.{i}"))
+        assert ("sync", "waveform") in before[shard:]
+        plan = before.index(("name", "plans/0001.json"))
+        assert ("sync", "plans") in before[plan:shard]
+        assert ("name", "waveform/zarr.json") in before[:plan]
+
+
 def fail_at(patch: pytest.MonkeyPatch, call: str, n: int, code: int, store: Path) -> None:
     """The n-th `call` (of `os`; `write`: of a file that `open` opened) raises an OSError; a write does half before."""
     count = 0

@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ingest_media import Here, digest, made_once, write_wav
+from test_ingest import fail_at
 
 import avstore
 from avstore.derive import derive
-from avstore.errors import AvstoreError, ConflictError, CorruptError, NotFoundError
+from avstore.errors import AvstoreError, ConflictError, CorruptError, MachineError, NotFoundError
 from avstore.ingest import ingest
 from avstore.lock import StoreLock
 from avstore.records import read_plans, record_path
@@ -227,6 +228,31 @@ def test_without_the_source_folder(store: Path, tmp_path: Path, here: None) -> N
     assert verify(store).ok
     with pytest.raises(NotFoundError, match="nowhere"):
         repair(store, tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("call", ["rename", pytest.param("fsync", marks=pytest.mark.slow), "write"])
+def test_a_repair_that_fails_leaves_what_was_whole(
+    store: Path, whole: Path, tmp_path: Path, here: None, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """The n-th `call` fails, for every n: what was whole still is, and a repeat finishes."""
+    want, n, failed = digest(whole), 0, True
+    damaged = ["commits/000000.json", "waveform/c.0", "frames/zarr.json"]
+    while failed:
+        n += 1
+        for name in damaged:
+            flip(store / name, 30)
+        with monkeypatch.context() as patch:
+            fail_at(patch, call, n, 28, store)
+            try:
+                repair(store)
+                failed = False
+            except MachineError as e:
+                assert "No space left" in str(e)
+        have = digest(store)
+        assert {k for k in want if have.get(k) != want[k]} <= set(damaged)
+        assert repair(store).ok and digest(store) == want
+        assert not list(store.rglob("*.tmp.*"))
+    assert n > 3
 
 
 def test_a_whole_store_is_left_alone(store: Path, here: None) -> None:
