@@ -4,7 +4,8 @@ The R(2+1)D here is AVID's, not torchvision's: a full 3-D stem, no widened middl
 the residual sum. It has 15.38 M parameters at depth 18 (torchvision's has 31.30 M). Both networks give a pooled vector
 (`forward`, (B, 8 * width): 512 at width 64) and the four maps behind it (`forward_blocks`: conv2x ... conv5x).
 No convolution has a bias: each one ends in a batch normalisation, where a bias has a true gradient of zero and an
-optimiser would only amplify its rounding noise. Heads are in `heads.py`.
+optimiser would only amplify its rounding noise. Heads are in `heads.py`; the other families, and all of them by name,
+in `backbones.py`: every network is an `Encoder`.
 
 Initial weights (our choice, the papers are silent): He normal, fan out, under the caller's generator state.
 """
@@ -33,19 +34,50 @@ class TimePaddedConv3d(nn.Conv3d):
     With oneDNN and bf16, Conv3d with padding in time returns wrong weight gradients (often inf) wherever its temporal
     kernel is larger than the number of frames it sees, which every 8-frame R(2+1)D reaches in conv4x. Zeros appended
     with F.pad give the same function and the right gradients. A map smaller than the kernel in space (1 x 1 at
-    stride 2: measured inf too) is padded by hand as well.
+    stride 2: measured inf too) is padded by hand as well. `bias`: only where a published state dict has one.
     """
 
     def __init__(
-        self, inputs: int, outputs: int, kernel: tuple[int, int, int], stride: tuple[int, int, int] = (1, 1, 1)
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: tuple[int, int, int],
+        stride: tuple[int, int, int] = (1, 1, 1),
+        bias: bool = False,
     ) -> None:
-        super().__init__(inputs, outputs, kernel, stride, padding=(0, kernel[1] // 2, kernel[2] // 2), bias=False)
+        super().__init__(inputs, outputs, kernel, stride, padding=(0, kernel[1] // 2, kernel[2] // 2), bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         t, h, w = (k // 2 for k in self.kernel_size)
         if x.shape[3] >= self.kernel_size[1] and x.shape[4] >= self.kernel_size[2]:
             return super().forward(F.pad(x, (0, 0, 0, 0, t, t)) if t else x)
-        return F.conv3d(F.pad(x, (w, w, h, h, t, t)), self.weight, None, self.stride)
+        return F.conv3d(F.pad(x, (w, w, h, h, t, t)), self.weight, self.bias, self.stride)
+
+
+class Encoder(nn.Module):
+    """What every network of `backbones.py` is: maps, and their pool.
+
+    forward(x)         (B, dim), the pool ('max' or 'avg') of the last map over everything but clips and channels
+    forward_blocks(x)  {'conv2x', ..., 'conv5x'}: maps (B, C, ...), C = width * (1, 2, 4, 8) but where a class says so
+    dim, out_channels  channels of the last map, both names
+    """
+
+    dim: int
+    pool: Pool
+
+    @property
+    def out_channels(self) -> int:
+        return self.dim
+
+    def forward_blocks(self, x: Tensor) -> dict[str, Tensor]:
+        """The four maps. UsageError for an input of another shape."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        last = self.forward_blocks(x)[BLOCKS[-1]]
+        if last.dim() == 5:
+            return (F.adaptive_max_pool3d(last, 1) if self.pool == "max" else F.adaptive_avg_pool3d(last, 1)).flatten(1)
+        return (F.adaptive_max_pool2d(last, 1) if self.pool == "max" else F.adaptive_avg_pool2d(last, 1)).flatten(1)
 
 
 class _Residual(nn.Module):
@@ -72,7 +104,7 @@ class _Residual(nn.Module):
         return F.relu(self.out_norm(y + (x if self.shortcut is None else self.shortcut(x))))
 
 
-class VideoNet(nn.Module):
+class VideoNet(Encoder):
     """R(2+1)D of AVID. (B, 3, T, H, W) float -> (B, 8 * width).
 
     depth 10 ("9-layer" in the AVID workshop paper), 18 or 34; `small` leaves out the stem's max-pool (AVID's ablations
@@ -83,7 +115,7 @@ class VideoNet(nn.Module):
         super().__init__()
         if depth not in VIDEO_DEPTHS:
             raise UsageError(f"no R(2+1)D of depth {depth}", did_you_mean(str(depth), map(str, VIDEO_DEPTHS)))
-        _check(width, pool)
+        check_net(width, pool)
         self.pool, self.dim = pool, 8 * width
         stem: list[nn.Module] = [
             TimePaddedConv3d(3, width, (3, 7, 7), (1, 2, 2)),
@@ -101,23 +133,15 @@ class VideoNet(nn.Module):
             ]
             self.add_module(name, nn.Sequential(*layers))
             inputs = outputs
-        _initialise(self)
+        initialise(self)
 
     def forward_blocks(self, x: Tensor) -> dict[str, Tensor]:
         """conv2x ... conv5x: (B, C, T', H', W') with C = width * (1, 2, 4, 8); conv3x on halve T, H and W."""
-        if x.dim() != 5 or x.shape[1] != 3:
-            raise UsageError(
-                f"the video network got a tensor of shape {tuple(x.shape)}",
-                "it wants (clips, 3, frames, height, width)",
-            )
+        require_video(x)
         return _blocks(self, x)
 
-    def forward(self, x: Tensor) -> Tensor:
-        last = self.forward_blocks(x)[BLOCKS[-1]]
-        return (F.adaptive_max_pool3d(last, 1) if self.pool == "max" else F.adaptive_avg_pool3d(last, 1)).flatten(1)
 
-
-class AudioNet(nn.Module):
+class AudioNet(Encoder):
     """Conv2D, depth 10 (AVID's "9-layer" sound network). (B, 1, F, M) float -> (B, 8 * width).
 
     A 7 x 7 stem of stride 2, then four stages of two 3 x 3 convolutions with strides 2, 2, 2, 1: 200 x 257 gives a
@@ -129,7 +153,7 @@ class AudioNet(nn.Module):
         super().__init__()
         if depth != 10:
             raise UsageError(f"no sound network of depth {depth}", "there is: 10")
-        _check(width, pool)
+        check_net(width, pool)
         self.pool, self.dim = pool, 8 * width
         self.conv1 = nn.Sequential(*_conv2d(1, width, 7, 1 if small else 2))
         inputs = width
@@ -138,26 +162,36 @@ class AudioNet(nn.Module):
             layers = nn.Sequential(*_conv2d(inputs, outputs, 3, stride), *_conv2d(outputs, outputs, 3, 1))
             self.add_module(name, layers)
             inputs = outputs
-        _initialise(self)
+        initialise(self)
 
     def forward_blocks(self, x: Tensor) -> dict[str, Tensor]:
         """conv2x ... conv5x: (B, C, F', M') with C = width * (1, 2, 4, 8)."""
-        if x.dim() != 4 or x.shape[1] != 1:
-            raise UsageError(
-                f"the sound network got a tensor of shape {tuple(x.shape)}", "it wants (clips, 1, frames, bins)"
-            )
+        require_audio(x)
         return _blocks(self, x)
 
-    def forward(self, x: Tensor) -> Tensor:
-        last = self.forward_blocks(x)[BLOCKS[-1]]
-        return (F.adaptive_max_pool2d(last, 1) if self.pool == "max" else F.adaptive_avg_pool2d(last, 1)).flatten(1)
 
-
-def _check(width: int, pool: str) -> None:
+def check_net(width: int, pool: str) -> None:
+    """UsageError where no network can have this width or pooling."""
     if width < 1:
         raise UsageError(f"width {width} is not a number of channels", "the papers use 64, the tiny preset 16")
     if pool not in ("max", "avg"):
         raise UsageError(f"no pooling {pool!r}", did_you_mean(pool, ("max", "avg")))
+
+
+def require_video(x: Tensor) -> None:
+    """UsageError unless x is (B, 3, T, H, W)."""
+    if x.dim() != 5 or x.shape[1] != 3:
+        raise UsageError(
+            f"the video network got a tensor of shape {tuple(x.shape)}", "it wants (clips, 3, frames, height, width)"
+        )
+
+
+def require_audio(x: Tensor) -> None:
+    """UsageError unless x is (B, 1, F, M)."""
+    if x.dim() != 4 or x.shape[1] != 1:
+        raise UsageError(
+            f"the sound network got a tensor of shape {tuple(x.shape)}", "it wants (clips, 1, frames, bins)"
+        )
 
 
 def _conv2d(inputs: int, outputs: int, kernel: int, stride: int) -> list[nn.Module]:
@@ -165,10 +199,13 @@ def _conv2d(inputs: int, outputs: int, kernel: int, stride: int) -> list[nn.Modu
     return [convolution, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
 
 
-def _initialise(net: nn.Module) -> None:
+def initialise(net: nn.Module) -> None:
+    """He normal, fan out, every convolution; biases zero."""
     for module in net.modules():
         if isinstance(module, nn.Conv2d | nn.Conv3d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
 
 def _blocks(net: nn.Module, x: Tensor) -> dict[str, Tensor]:
