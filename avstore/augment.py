@@ -5,7 +5,8 @@ whatever batch, process or thread it comes in: bit by bit on a CPU, to one grey 
 are taken on the host, in NumPy; the device is never waited for. A crop is drawn inside the picture's box and resized by
 the antialiased triangle filter of PIL, rounded to whole grey levels as PIL (so AVID's loader) does; what lies outside
 the box never shows. Colours follow torchvision's ColorJitter: blends clamped to [0, 1], in an order drawn anew for each
-clip. Not here: spectrogram masks, and anything that needs the network. Imports torch.
+clip. Sound: its gain, and bands of a spectrogram that are blanked. Not here: anything that needs the network. Imports
+torch.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ Boxes = NDArray[np.int64]
 class VideoAugment:
     """Training's augmentation; the defaults are AVID's (methods.md 2.4). Jitters are half-widths, 0 turns one off.
 
-    CrissCross adds grey=0.2, blur=0.5 (probabilities) and cutout=20 (side in pixels, filled with the mean).
+    CrissCross adds grey=0.2, blur=0.5 (probabilities) and cutout=20 (side in pixels, filled with the mean); a run's
+    settings call them gray, blur and cutout.
     """
 
     size: int = 112
@@ -219,6 +221,40 @@ def sound_gain(u: NDArray[np.float64], amount: float = 0.1) -> NDArray[np.float3
     if not 0 <= amount <= 1:
         raise UsageError(f"a gain of +- {amount}", "the amount lies in [0, 1]")
     return (1 + amount * (2 * np.asarray(u, np.float64) - 1)).astype(np.float32)
+
+
+SOUND_NUMBERS = 9  # uniform numbers per clip of stream "augment-sound": the gain, then two of each mask
+
+
+def mask_bands(rows: Tensor, u: NDArray[np.float64], time: float = 0.0, freq: float = 0.0) -> Tensor:
+    """SpecAugment's masks: two bands of spectrogram rows and two of bins are set to 0 (the mean, once normalised).
+
+    rows: (B, F, M), normalised; returned as it is where nothing is masked, else a new tensor. u: (B, 8) in [0, 1), a
+    width and a place for each band. A band of `time` is narrower than that share of the F rows, one of `freq` than that
+    share of the M bins, widths and places uniform (CrissCross: fewer than 20 of 200 rows and 10 of 80 bins, so 0.1 and
+    0.125); they may overlap. Raises UsageError for shares outside [0, 1] and other shapes.
+    """
+    if not (0 <= time <= 1 and 0 <= freq <= 1):
+        raise UsageError(f"masks of {time} of the rows and {freq} of the bins", "both are shares in [0, 1]")
+    u = np.asarray(u, np.float64)
+    if rows.dim() != 3 or u.shape != (len(rows), 8):
+        raise UsageError(
+            f"a spectrogram of shape {tuple(rows.shape)} and uniform numbers of shape {u.shape}",
+            "expected (B, rows, bins) and (B, 8)",
+        )
+    if not time and not freq:
+        return rows
+    blank = _bands(u[:, :4], rows.shape[1], time)[:, :, None] | _bands(u[:, 4:], rows.shape[2], freq)[:, None, :]
+    return rows.masked_fill(torch.from_numpy(blank).to(rows.device), 0)
+
+
+def _bands(u: NDArray[np.float64], n: int, share: float) -> NDArray[np.bool_]:
+    """bool (B, n), True in two bands: u (B, 4), width and place of each."""
+    widest = max(int(np.ceil(round(share * n, 9))) - 1, 0)  # rounded: 0.1 * 200 is not 20 in every arithmetic
+    width = draws.integers(u[:, ::2], 0, widest)
+    first = draws.integers(u[:, 1::2], 0, n - width)
+    at = np.arange(n)[None, None, :]
+    return np.asarray(((at >= first[..., None]) & (at < (first + width)[..., None])).any(1))
 
 
 def _resize_by_products(frames: Tensor, crops: Boxes, size: int, flips: NDArray[np.bool_]) -> Tensor:

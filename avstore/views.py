@@ -79,12 +79,43 @@ class TwoViews:
 
     def __post_init__(self) -> None:
         if self.relaxation not in RELAXATIONS:
-            raise UsageError(
-                f"no relaxation is called {self.relaxation!r}", did_you_mean(self.relaxation, RELAXATIONS)
-            )
+            raise UsageError(f"no relaxation is called {self.relaxation!r}", did_you_mean(self.relaxation, RELAXATIONS))
 
     def starts(self, extents: Extents, u: Any, draw: Any, picture: int, sound: int) -> Windows:
         return two_views(extents, u, picture, sound, self.relaxation, self.loose)
+
+
+@dataclass(frozen=True)
+class ShiftedSound:
+    """Two views of one picture window: with its own sound, and with sound from elsewhere in the video (AVTS).
+
+    The first sound starts with the pictures. The second starts at least `gap` samples away from it (0: the length of
+    the sound window, so that the two never overlap), uniform over all such places; where the video has none, it lies
+    as far away as the video allows, and `shrunk` says so.
+    """
+
+    gap: int = 0
+    views: int = 2
+    numbers: int = 2
+
+    def __post_init__(self) -> None:
+        if self.gap < 0:
+            raise UsageError(f"sound shifted by at least {self.gap} samples", "the gap is 0 (a window) or more")
+
+    def starts(self, extents: Extents, u: Any, draw: Any, picture: int, sound: int) -> Windows:
+        low, end = extents.both()
+        start = integers(u[:, 0], low, np.maximum(end - max(picture, sound), low))
+        gap = self.gap or sound
+        first, last = extents.sound_start, np.maximum(extents.sound_end - sound, extents.sound_start)
+        before = np.maximum(start - gap - first + 1, 0)  # places on either side
+        after = np.maximum(last - (start + gap) + 1, 0)
+        some = before + after > 0
+        place = integers(u[:, 1], 0, np.maximum(before + after, 1) - 1)
+        there = np.where(place < before, first + place, start + gap + place - before)
+        farthest = np.where(start - first >= last - start, first, last)
+        shifted = np.where(some, there, farthest)
+        pictures = np.minimum(start, np.maximum(extents.picture - picture, 0))
+        return Windows(np.stack([pictures, pictures], -1), np.stack([start, shifted], -1), ~some)
 
 
 @dataclass(frozen=True)

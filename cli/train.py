@@ -48,9 +48,9 @@ def train(
     if list_methods or method is None:
         _methods(json)
         return
-    from trainers.config import method as find_method
     from trainers.config import resolve, resolve_stage
-    from trainers.config import show_config as rows_of
+    from trainers.methods import method as find_method
+    from trainers.settings import show_config as rows_of
 
     line = find_method(method)
     sets = list(set_ or [])
@@ -113,7 +113,7 @@ class _Show:
 
 
 def _methods(json: bool) -> None:
-    from trainers.config import METHODS
+    from trainers.methods import METHODS
 
     if json:
         for name, m in METHODS.items():
@@ -127,7 +127,7 @@ def _settings(rows: Any, json: bool) -> None:
         for row in rows:
             console.as_json(dict(row.__dict__))
         return
-    from trainers.config import as_text
+    from trainers.typed import as_text
 
     console.columns(
         ["setting", "value", "paper", "where from"],

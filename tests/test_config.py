@@ -11,6 +11,9 @@ from hypothesis import strategies as st
 
 from avstore.errors import NotFoundError, UsageError
 from trainers import config as c
+from trainers import settings
+from trainers.methods import METHODS
+from trainers.typed import as_text
 
 
 def test_the_paper_s_values_are_the_default() -> None:
@@ -20,7 +23,7 @@ def test_the_paper_s_values_are_the_default() -> None:
     assert c.resolve("avid", preset="paper").values() == avid.values()
 
 
-@pytest.mark.parametrize("name", c.METHODS)
+@pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("preset", [None, "paper", "small", "tiny"])
 def test_both_halves_agree_in_every_preset(name: str, preset: str | None) -> None:
     run = c.resolve(name, preset=preset)
@@ -108,7 +111,7 @@ def test_what_a_stage_takes_over() -> None:
 
 
 def test_show_config_tells_the_paper_and_the_source() -> None:
-    rows = {r.key: r for r in c.show_config(c.resolve("avid", preset="tiny"))}
+    rows = {r.key: r for r in settings.show_config(c.resolve("avid", preset="tiny"))}
     assert (rows["width"].value, rows["width"].paper) == (16, 64)
     assert rows["temperature"].source == "[C]" and "eqs. 1-3" in rows["variant"].source
     assert rows["keep_last"].paper is None and rows["keep_last"].source
@@ -130,6 +133,6 @@ def test_json_round_trip_and_digest() -> None:
 
 @given(st.integers(1, 10**6), st.floats(1e-6, 10, allow_nan=False), st.booleans())
 def test_values_survive_being_written_as_text(batch: int, rate: float, small: bool) -> None:
-    sets = [f"batch={c.as_text(batch)}", f"learning_rate={c.as_text(rate)}", f"small={c.as_text(small)}"]
+    sets = [f"batch={as_text(batch)}", f"learning_rate={as_text(rate)}", f"small={as_text(small)}"]
     run = c.resolve("avid", sets=sets)
     assert (run.method.batch, run.method.learning_rate, run.method.small) == (batch, rate, small)

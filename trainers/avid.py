@@ -8,6 +8,7 @@ more than targets of the same modality (Self-AVID), because low-level statistics
     avstore train avid                          # defaults: the paper's Kinetics recipe
     avstore train avid --preset tiny            # a CPU, a minute
     avstore train avid --set variant=self
+    avstore train avid-softmax                  # the softmax form of the report, under its own name
 
 What differs from the paper or the authors' code, and why:
 * Eqs. 1-3 are plain sums; the code that made the numbers halves them (Joint: quarters). Default: the code's scale,
@@ -16,7 +17,9 @@ What differs from the paper or the authors' code, and why:
 * Two clips of one video in a batch: the mean of their embeddings, one bank update (undefined in the code).
 * A missing picture or sound is masked out of the terms that need it, never replaced by zeros or a neighbour.
 * Convolutions before a batch normalisation have no bias; initial weights are He normal (`encoders.py`).
-* `form=softmax` is the (K+1)-way softmax of the Listen-to-Look report (eqs. 4.1, 4.4-4.6), which calls it NCE.
+* `form=softmax` is the (K+1)-way softmax of the report "Audio-focused multimodal learning" (eqs. 4.1, 4.4-4.6), which
+  calls it NCE; eqs. 4.2 and 4.3 are the bank's update. The report gives neither K, tau and lambda nor an optimiser:
+  `avid-softmax` takes AVID's, sums as eq. 4.6 does, and needs no partition constant.
 """
 
 # legend: B batch, K negatives, P positives (1 here), N videos of the selection, D embedding
@@ -123,6 +126,20 @@ TINY = Config(
     draws=2,
 )
 PRESETS = {"paper": Config(), "tiny": TINY}
+
+
+@dataclass(frozen=True)
+class SoftmaxConfig(Config):
+    """`avid-softmax`: what the report states is tagged [S2]; all it leaves open is AVID's."""
+
+    form: Literal["nce", "softmax"] = "softmax"  # [S2] eqs. 4.1, 4.4-4.6
+    loss_scale: Literal["code", "paper"] = "paper"  # [S2] eq. 4.6 is a sum
+
+
+SOFTMAX_PRESETS = {
+    "paper": SoftmaxConfig(),
+    "tiny": SoftmaxConfig(**{**vars(TINY), "form": "softmax", "loss_scale": "paper"}),
+}
 
 
 # ---- losses: per sample, no state -----------------------------------------------------------------------------

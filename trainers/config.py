@@ -1,4 +1,4 @@
-"""What a run is told: the table of methods, presets, TOML files and `key=value`, resolved into one frozen value.
+"""What a run is told: presets, TOML files and `key=value`, resolved into one frozen value.
 
 A run has one flat namespace of keys. A method's own `Config` (its file: the paper's values) comes first; `TrainConfig`
 below holds what the loop does for every method. Where a method declares a key of `TrainConfig` too (learning_rate,
@@ -6,27 +6,27 @@ batch, ...), its value is the one that counts, and the loop reads it from there:
 
     resolve("avid-cma", preset="tiny", sets=["positives=8", "avid.epochs=4"])
 
-Not here: what a store makes of these values (`data.fit`), and where they are kept (`run.py`).
+Not here: the methods (`methods.py`), where values come from (`settings.py`), how a text becomes one (`typed.py`), what
+a store makes of them (`fit.py`), and where they are kept (`run.py`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import inspect
-import io
-import json
-import tokenize
 import tomllib
-import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from avstore.durable import canonical_json
 from avstore.errors import NotFoundError, UsageError, did_you_mean
+from trainers.methods import METHODS, method
+from trainers.typed import typed
+
+__all__ = ["METHODS", "RunConfig", "TrainConfig", "method", "resolve", "resolve_stage"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class TrainConfig:
     optimiser: Literal["adam", "adamw", "sgd"] = "adam"  # [ours] AVID's; methods that say otherwise declare it
     learning_rate: float = 1e-3  # [ours] of a method that declares none
     momentum: float = 0.9  # [ours] of sgd
+    nesterov: bool = False  # [ours] of sgd
     weight_decay: float = 0.0  # [ours] L2 in adam and sgd (as torch does), decoupled in adamw
     schedule: Literal["constant", "cosine", "multistep"] = "constant"  # [ours] after the warm-up
     warmup_steps: int = 0  # [ours] linear from learning_rate / (warmup_steps + 1)
@@ -56,7 +57,12 @@ class TrainConfig:
     contrast: float = 0.4  # [C]
     saturation: float = 0.4  # [C]
     hue: float = 0.2  # [C]
+    gray: float = 0.0  # [ours] off; share of clips that lose their colour (CrissCross 0.2)
+    blur: float = 0.0  # [ours] off; share of clips blurred, sigma 0.1 to 2 pixels (CrissCross 0.5)
+    cutout: int = 0  # [ours] off; side in pixels of a square that is blanked (CrissCross 20)
     sound_gain: float = 0.1  # [C] AVID: loudness times 1 +- this
+    time_mask: float = 0.0  # [ours] off; two bands of rows are blanked, each up to this share (CrissCross 0.1)
+    freq_mask: float = 0.0  # [ours] off; two bands of bins, likewise (CrissCross 0.125)
     stored_spectrograms: bool = False  # [ours] read the store's rows instead of computing them from the sound
     statistics_clips: int = 512  # [ours] sound windows of the selection from which the bins' mean and deviation come
     precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"  # [ours] auto: bf16 where the hardware multiplies it
@@ -99,6 +105,15 @@ class TrainConfig:
                 wrong.append(f"{name} {getattr(self, name)} must not be negative")
         if not self.learning_rate > 0:
             wrong.append(f"learning_rate {self.learning_rate} must be above 0")
+        wrong += [
+            f"{name} {getattr(self, name)} must lie in 0 .. 1"
+            for name in ("flip", "gray", "blur", "sound_gain", "time_mask", "freq_mask")
+            if not 0 <= getattr(self, name) <= 1
+        ]
+        if self.cutout < 0:
+            wrong.append(f"cutout {self.cutout} must not be negative")
+        if self.nesterov and not self.momentum:
+            wrong.append("nesterov needs a momentum above 0")
         if self.batch % self.accumulate:
             wrong.append(f"batch {self.batch} does not divide into {self.accumulate} parts (accumulate)")
         for name in ("optimiser", "schedule", "precision"):
@@ -125,12 +140,17 @@ FREE = frozenset(
         "keep_every",
     }
 )
+# Keys that came later: at these values (off) they are no part of a digest, so that older runs keep theirs.
+LATER: dict[str, Any] = {
+    "nesterov": False, "gray": 0.0, "blur": 0.0, "cutout": 0, "time_mask": 0.0, "freq_mask": 0.0,
+}  # fmt: skip
 # Keys that belong to one stage of a method with stages; all others, where both stages have them, go to both.
 OF_A_STAGE = frozenset(
     {
         "optimiser",
         "learning_rate",
         "momentum",
+        "nesterov",
         "weight_decay",
         "schedule",
         "warmup_steps",
@@ -142,49 +162,6 @@ OF_A_STAGE = frozenset(
         "draws",
     }
 )
-REQUIRED = ("paper",)  # presets that every method has
-
-
-@dataclass(frozen=True)
-class MethodFile:
-    """What a method's file offers."""
-
-    config: type[Any]
-    presets: Mapping[str, Any]
-    make: Callable[[Any, int], Any]  # (config, rows of the selection) -> the module
-    load_stage: str | None = None  # its method that takes the weights and state of the stage before
-
-
-@dataclass(frozen=True)
-class Method:
-    """A line of METHODS. `load` imports the file; `stage` names the method whose run this one starts from."""
-
-    load: Callable[[], MethodFile]
-    paper: str
-    summary: str
-    picture: bool = True
-    sound: bool = True
-    labels: bool = False
-    views: int = 1
-    stage: str | None = None
-
-
-def _avid() -> MethodFile:
-    from trainers import avid
-
-    return MethodFile(avid.Config, avid.PRESETS, avid.Avid)
-
-
-def _avid_cma() -> MethodFile:
-    from trainers import avid_cma
-
-    return MethodFile(avid_cma.Config, avid_cma.PRESETS, avid_cma.AvidCma, load_stage="load_avid")
-
-
-METHODS: dict[str, Method] = {
-    "avid": Method(_avid, "Morgado et al. 2021", "instance discrimination across sight and sound"),
-    "avid-cma": Method(_avid_cma, "Morgado et al. 2021", "AVID, then positives that agree in both", stage="avid"),
-}
 
 # What a preset says to the loop and, where a method's file has no preset of that name, to its keys.
 LOOP_PRESETS: dict[str, dict[str, Any]] = {
@@ -192,8 +169,13 @@ LOOP_PRESETS: dict[str, dict[str, Any]] = {
     "small": {"checkpoint_every": 200},
     # few clips and a minute: mild crops and no colour jitter, which costs a tenth of the step here too
     "tiny": {
-        "checkpoint_every": 100, "statistics_clips": 256, "crop_area": (0.6, 1.0), "brightness": 0.0, "contrast": 0.0,
-        "saturation": 0.0, "hue": 0.0,
+        "checkpoint_every": 100,
+        "statistics_clips": 256,
+        "crop_area": (0.6, 1.0),
+        "brightness": 0.0,
+        "contrast": 0.0,
+        "saturation": 0.0,
+        "hue": 0.0,
     },
 }
 SMALL: dict[str, Any] = {  # a CPU within the hour, or a GPU in minutes [ours]
@@ -211,13 +193,6 @@ SMALL: dict[str, Any] = {  # a CPU within the hour, or a GPU in minutes [ours]
     "schedule": "cosine",
     "draws": 4,
 }
-
-
-def method(name: str) -> Method:
-    """The line of METHODS. UsageError with the closest names for an unknown one."""
-    if name not in METHODS:
-        raise UsageError(f"no method is called {name!r}", did_you_mean(name, METHODS), "avstore train --list")
-    return METHODS[name]
 
 
 @dataclass(frozen=True)
@@ -252,7 +227,7 @@ class RunConfig:
     @property
     def digest(self) -> str:
         """16 hex digits over the method and every key that changes a number."""
-        kept = {k: v for k, v in self.values().items() if k not in FREE}
+        kept = {k: v for k, v in self.values().items() if k not in FREE and not (k in LATER and v == LATER[k])}
         return hashlib.sha256(canonical_json({"method": self.name, "values": kept})).hexdigest()[:16]
 
     @classmethod
@@ -268,7 +243,7 @@ class RunConfig:
                 "use the avstore that made it, or start a new run with --run",
             )
         hints = _hints(base)
-        given = {k: _typed(k, v, hints[k]) for k, v in value["values"].items()}
+        given = {k: typed(k, v, hints[k]) for k, v in value["values"].items()}
         done = base.replace(**given)
         return dataclasses.replace(done, preset=value.get("preset"), asked=frozenset(value.get("asked", ())))
 
@@ -289,7 +264,7 @@ def resolve(
         raise UsageError(f"{toml_file} is for method {said!r}", f"{name!r} was asked", f"avstore train {said}")
     inside = table.pop("preset", None)
     preset = preset if preset is not None else inside
-    base = _preset(name, preset)
+    base = preset_of(name, preset)
     hints = _hints(base)
     given: dict[str, Any] = {}
     for key, value in [*_scoped(table, name, line.stage), *_parse_sets(sets, name, line.stage)]:
@@ -297,7 +272,7 @@ def resolve(
             raise UsageError(
                 f"{name} has no setting {key!r}", did_you_mean(key, hints), f"avstore train {name} --show-config"
             )
-        given[key] = _typed(key, value, hints[key])
+        given[key] = typed(key, value, hints[key])
     done = base.replace(**given)
     return dataclasses.replace(done, preset=preset, asked=frozenset(given))
 
@@ -315,7 +290,7 @@ def resolve_stage(
         raise UsageError(f"{name} has no stage before it", "it starts from random weights")
     table = _read_toml(toml_file) if toml_file is not None else {}
     preset = preset if preset is not None else table.get("preset")
-    base = _preset(stage, preset)
+    base = preset_of(stage, preset)
     hints = _hints(base)
     given: dict[str, Any] = {}
     flat = {k: v for k, v in table.items() if not isinstance(v, dict) and k not in ("method", "preset")}
@@ -326,52 +301,9 @@ def resolve_stage(
     for key, value in [*shared, *own]:
         if key not in hints:
             raise UsageError(f"{stage} has no setting {key!r}", did_you_mean(key, hints))
-        given[key] = _typed(key, value, hints[key])
+        given[key] = typed(key, value, hints[key])
     done = base.replace(**given)
     return dataclasses.replace(done, preset=preset, asked=frozenset(given))
-
-
-@dataclass(frozen=True)
-class Row:
-    """A line of `--show-config`."""
-
-    key: str
-    value: Any
-    paper: Any  # the paper's value; None for keys of the loop
-    source: str  # where it comes from: the comment behind the field
-
-
-def show_config(config: RunConfig) -> list[Row]:
-    """Every key of a run with its value, the paper's value, and where that comes from."""
-    paper = _preset(config.name, "paper").method
-    own, loop = comments(type(config.method)), comments(TrainConfig)
-    rows = []
-    for key, value in config.values().items():
-        of_method = key in own
-        rows.append(Row(key, value, getattr(paper, key) if of_method else None, own[key] if of_method else loop[key]))
-    return rows
-
-
-def comments(of: type[Any]) -> dict[str, str]:
-    """Field name -> the comment behind it in the source of a dataclass ('' where there is none)."""
-    source = inspect.getsource(of)
-    out: dict[str, str] = {f.name: "" for f in dataclasses.fields(of)}
-    word, depth = None, 0
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.OP:
-            depth += {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}.get(token.string, 0)
-        if (
-            token.type == tokenize.NAME
-            and token.string in out
-            and depth == 0
-            and not token.line[: token.start[1]].strip()
-        ):
-            word = token.string
-        elif token.type == tokenize.COMMENT and word and not out[word]:
-            out[word] = token.string.lstrip("# ").strip()
-        elif token.type == tokenize.NEWLINE and depth == 0:
-            word = None
-    return out
 
 
 # ---- how it is done -----------------------------------------------------------------------------------------------
@@ -382,7 +314,8 @@ def preset_names(name: str) -> list[str]:
     return sorted({*method(name).load().presets, *LOOP_PRESETS})
 
 
-def _preset(name: str, preset: str | None) -> RunConfig:
+def preset_of(name: str, preset: str | None) -> RunConfig:
+    """A preset of a method as it is, without anything the user said; None: the paper's values."""
     file = method(name).load()
     chosen = "paper" if preset is None else preset
     if chosen not in file.presets and chosen not in LOOP_PRESETS:
@@ -443,94 +376,3 @@ def _parse_sets(sets: Sequence[str], name: str, stage: str | None, only_scoped: 
         elif not dot and not only_scoped:
             out.append((key, value.strip()))
     return out
-
-
-def _typed(key: str, value: Any, hint: Any) -> Any:
-    """`value` (from TOML, JSON or text) as the type of the field. UsageError naming key, value and type."""
-    try:
-        return _convert(value, hint)
-    except (TypeError, ValueError) as e:
-        raise UsageError(f"{key} = {value!r}", f"expected {_words(hint)}", f"e.g. --set {key}=...") from e
-
-
-def _convert(value: Any, hint: Any) -> Any:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        for option in arguments:
-            if value == option or (isinstance(value, str) and value == str(option)):
-                return option
-        raise ValueError(value)
-    if origin in (typing.Union, types.UnionType):
-        if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
-            if type(None) in arguments:
-                return None
-            raise ValueError(value)
-        for option in arguments:
-            if option is not type(None):
-                try:
-                    return _convert(value, option)
-                except (TypeError, ValueError):
-                    continue
-        raise ValueError(value)
-    if origin is tuple:
-        parts = [p for p in value.strip("()[] ").split(",") if p.strip()] if isinstance(value, str) else list(value)
-        if len(arguments) == 2 and arguments[1] is Ellipsis:
-            return tuple(_convert(p, arguments[0]) for p in parts)
-        if len(parts) != len(arguments):
-            raise ValueError(value)
-        return tuple(_convert(p, a) for p, a in zip(parts, arguments, strict=True))
-    if hint is bool:
-        if isinstance(value, bool):
-            return value
-        words = {
-            "true": True,
-            "yes": True,
-            "on": True,
-            "1": True,
-            "false": False,
-            "no": False,
-            "off": False,
-            "0": False,
-        }
-        if isinstance(value, str) and value.lower() in words:
-            return words[value.lower()]
-        raise ValueError(value)
-    if hint is int:
-        if isinstance(value, bool) or (isinstance(value, float) and value != int(value)):
-            raise ValueError(value)
-        return int(value)
-    if hint is float:
-        if isinstance(value, bool):
-            raise ValueError(value)
-        number = float(value)
-        if number != number or number in (float("inf"), float("-inf")):
-            raise ValueError(value)
-        return number
-    if hint is str:
-        if not isinstance(value, str):
-            raise ValueError(value)
-        return value
-    raise TypeError(f"fields of type {hint} cannot be set")
-
-
-def _words(hint: Any) -> str:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        return "one of " + ", ".join(str(a) for a in arguments)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(_words(a) for a in arguments)
-    if origin is tuple:
-        each = "values" if not arguments else _words(arguments[0])
-        return f"{each} separated by commas" + ("" if Ellipsis in arguments else f" ({len(arguments)} of them)")
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "none"}.get(
-        hint, str(hint)
-    )
-
-
-def as_text(value: Any) -> str:
-    """A value as `--set` takes it."""
-    return (
-        ",".join(as_text(v) for v in value)
-        if isinstance(value, tuple | list)
-        else (json.dumps(value) if isinstance(value, bool) or value is None else str(value))
-    )

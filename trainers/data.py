@@ -18,17 +18,17 @@ import torch
 from torch import Tensor
 
 from avstore import draws
-from avstore.augment import VideoAugment, centre_crop, sound_gain
+from avstore.augment import SOUND_NUMBERS, VideoAugment, centre_crop, mask_bands, sound_gain
 from avstore.errors import ConflictError, UsageError
 from avstore.frontends import apply_clip_floor, gain_rows, named, spectrogram
 from avstore.loader import Loader
 from avstore.sampler import Order, SequentialOrder
 from avstore.selection import Selection
-from avstore.views import AvidView, Views
+from avstore.views import Views
 from avstore.windows import to_samples
 from trainers.batch import Batch
 from trainers.config import RunConfig
-from trainers.fit import needs_of
+from trainers.fit import needs_of, policy_of
 from trainers.needs import Needs
 
 if TYPE_CHECKING:
@@ -122,10 +122,12 @@ class Normaliser:
         present: Tensor,
         gain: Tensor | None = None,
         stored: Tensor | None = None,
+        mask: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """int16 (B, samples) on the device -> (B, 1, F, M); zeros where not present. gain: (B,), amplitude.
 
-        stored: float16 (B, F, M), rows of the store to use instead of the waveform.
+        stored: float16 (B, F, M), rows of the store to use instead of the waveform. mask: what becomes of the
+        normalised rows (B, F, M).
         """
         name = self.needs.front_end
         if name is None or self.mean is None or self.std is None:
@@ -136,19 +138,29 @@ class Normaliser:
             wave = waveform.to(torch.float32) / 32768
             rows = spectrogram(wave if gain is None else wave * gain[:, None], name, self.sample_rate)
         rows = (rows - self.mean) / self.std
+        if mask is not None:
+            rows = mask(rows)
         if not here.all():
             rows = torch.where(present[:, None, None], rows, 0)
         return rows[:, None].to(self.dtype).contiguous(memory_format=torch.channels_last)
 
 
 class Feed(Iterator[Fed]):
-    """Training's batches from optimiser step `start` on. `close` ends its reader."""
+    """Training's batches from optimiser step `start` on. `close` ends its reader.
+
+    Windows are cut by the method's policy (`avstore.views`); each is augmented `needs.copies` times. View k of a clip
+    with V views draws as clip (video, draw * V + k): so every view has numbers of its own, and with one view they are
+    those of (video, draw).
+    """
 
     def __init__(
         self, store: Store, snapshot: Snapshot, config: RunConfig, device: torch.device, plan: Plan, start: int = 0
     ) -> None:
         needs, loop, rate = needs_of(config), config.loop, store.spec.sample_rate
-        self.device, self.order, self.seed, self.gain = device, plan.order, loop.seed, loop.sound_gain
+        policy = policy_of(config, rate)
+        self.windows, self.views = policy.views, policy.views * needs.copies
+        self.copies, self.samples = needs.copies, to_samples(needs.seconds, rate) if needs.sound else 0
+        self.device, self.order, self.loop = device, plan.order, loop
         self.normaliser = Normaliser(needs, snapshot.statistics, rate, device, _dtype(loop.precision))
         self.augment = None
         if needs.picture:
@@ -160,6 +172,9 @@ class Feed(Iterator[Fed]):
                 contrast=loop.contrast,
                 saturation=loop.saturation,
                 hue=loop.hue,
+                grey=loop.gray,
+                blur=loop.blur,
+                cutout=loop.cutout,
             )
         self.labels = None
         if needs.labels:
@@ -170,7 +185,7 @@ class Feed(Iterator[Fed]):
             snapshot.numbers,
             needs,
             plan.order,
-            AvidView(max_offset_samples(needs, rate)),
+            policy,
             seed=loop.seed,
             threads=loop.decode_threads,
             in_process=loop.in_process,
@@ -181,50 +196,85 @@ class Feed(Iterator[Fed]):
 
     def __next__(self) -> Fed:
         raw = next(self._steps)
-        on_device = raw.tensors(self.device)
-        keys = self.seed, raw.epoch, raw.row, raw.draw
-        video = audio = None
-        has_picture, has_sound = on_device["has_picture"].clone(), on_device["has_sound"].clone()
+        on = raw.tensors(self.device)
+        # a clip counts where all its windows do, on the host and on the device
+        masks = {"has_picture": raw.has_picture, "has_sound": raw.has_sound}
+        here: dict[str, np.ndarray] = {k: np.asarray(x if x.ndim == 1 else x.all(1)) for k, x in masks.items()}
+        has = {k: on[k].clone() if on[k].dim() == 1 else on[k].all(1) for k in here}
+        video = audio = share = None
         if self.augment is not None:
-            u = self.augment.draw(*keys)
-            video = self.normaliser.video(
-                on_device["frames"],
-                raw.box,
-                raw.has_picture,
-                has_picture,
-                lambda x, b: self.augment(x, b, u),  # type: ignore[misc]
-            )
+            video = self._each(lambda k: self._picture(raw, on, k, here["has_picture"], has["has_picture"]))
         if self.normaliser.mean is not None:
-            gain = None
-            if self.gain:
-                loud = sound_gain(draws.uniform(self.seed, "augment-sound", *keys[1:])[..., 0], self.gain)
-                gain = torch.from_numpy(loud).to(self.device)
-            audio = self.normaliser.audio(
-                on_device["waveform"], raw.has_sound, has_sound, gain, on_device.get("spectrogram")
-            )
+            audio = self._each(lambda k: self._sound(raw, on, k, here["has_sound"], has["has_sound"]))
+        if self.samples:
+            share = on["valid_samples"].to(torch.float32) / self.samples
+            share = torch.where(on["has_sound"], share, 0)
+            if self.views > 1:
+                share = share.reshape(len(raw), self.windows).repeat_interleave(self.copies, 1)
         labels = None if self.labels is None else torch.from_numpy(self.labels[raw.row]).to(self.device)
-        # positions go on over the epochs, so that the parts of one optimiser step never share one
-        position = on_device["position"] + raw.epoch * self.order.length
         batch = Batch(
-            row=on_device["row"].clone(),
-            position=position,
-            draw=on_device["draw"].clone(),
-            has_picture=has_picture,
-            has_sound=has_sound,
+            row=on["row"].clone(),
+            # positions go on over the epochs, so that the parts of one optimiser step never share one
+            position=on["position"] + raw.epoch * self.order.length,
+            draw=on["draw"].clone(),
+            has_picture=has["has_picture"],
+            has_sound=has["has_sound"],
             epoch=raw.epoch,
-            seed=self.seed,
+            seed=self.loop.seed,
             video=video,
             audio=audio,
             labels=labels,
+            views=self.views,
+            sound_share=share,
         )
         return Fed(batch, raw.wait, float(raw.shrunk.mean()) if len(raw) else 0.0, len(raw))
 
+    def _each(self, make: Callable[[int], Tensor]) -> Tensor:
+        """One view as it is; several side by side, (B, V, ...), in a memory whose `flatten(0, 1)` is free and keeps
+        the strides that convolutions want."""
+        if self.views == 1:
+            return make(0)
+        first = make(0)
+        last = first.movedim(1, -1)  # channels last
+        out = last.new_empty((len(last), self.views, *last.shape[1:]))
+        out[:, 0] = last
+        for k in range(1, self.views):
+            out[:, k] = make(k).movedim(1, -1)
+        return out.movedim(-1, 2)
+
+    def _picture(self, raw: Any, on: dict[str, Tensor], k: int, here: np.ndarray, present: Tensor) -> Tensor:
+        assert self.augment is not None
+        augment, u = self.augment, self.augment.draw(self.loop.seed, raw.epoch, raw.row, raw.draw * self.views + k)
+        frames = self._window(on["frames"], k)
+        return self.normaliser.video(frames, raw.box, here, present, lambda x, b: augment(x, b, u))
+
+    def _sound(self, raw: Any, on: dict[str, Tensor], k: int, here: np.ndarray, present: Tensor) -> Tensor:
+        loop, gain, mask = self.loop, None, None
+        if loop.sound_gain or loop.time_mask or loop.freq_mask:
+            draw = raw.draw * self.views + k
+            u = draws.uniform(loop.seed, "augment-sound", raw.epoch, raw.row, draw, SOUND_NUMBERS)
+            if loop.sound_gain:
+                gain = torch.from_numpy(sound_gain(u[..., 0], loop.sound_gain)).to(self.device)
+            if loop.time_mask or loop.freq_mask:
+
+                def mask(rows: Tensor) -> Tensor:
+                    return mask_bands(rows, u[..., 1:], loop.time_mask, loop.freq_mask)
+
+        stored = on.get("spectrogram")
+        return self.normaliser.audio(
+            self._window(on["waveform"], k),
+            here,
+            present,
+            gain,
+            None if stored is None else self._window(stored, k),
+            mask,
+        )
+
+    def _window(self, x: Tensor, k: int) -> Tensor:
+        return x if self.windows == 1 else x[:, k // self.copies]
+
     def close(self) -> None:
         self.loader.close()
-
-
-def max_offset_samples(needs: Needs, sample_rate: int) -> int:
-    return to_samples(needs.max_offset, sample_rate)
 
 
 def open_loader(

@@ -10,6 +10,8 @@ Nothing here starts or ends a process group.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -43,10 +45,47 @@ def all_gather_rows(x: Tensor) -> Tensor:
     x = x.detach()
     if world() == 1:
         return x
+    return _gather(x, _lengths(x))
+
+
+class _Gather(torch.autograd.Function):
+    """Rows of all ranks; backwards, each rank's rows get the sum over ranks of the gradients that reached them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sizes: list[int]) -> Tensor:
+        ctx.sizes = sizes
+        return _gather(x, sizes)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        total = grads[0].contiguous().clone()
+        dist.all_reduce(total)
+        start = sum(ctx.sizes[: rank()])
+        return total[start : start + ctx.sizes[rank()]], None
+
+
+def gather_with_grad(x: Tensor) -> Tensor:
+    """`all_gather_rows` through which gradients flow back to the ranks that the rows came from; collective, forwards
+    and backwards. Lengths may differ.
+
+    A loss of the whole gathered batch, computed on every rank, counts `world` times: each rank's rows get the gradient
+    of the *sum* over ranks of their losses, and DistributedDataParallel divides by `world` once. So by the package's
+    convention either every rank returns the whole batch' mean (the gathered rows' gradient is then world times it, and
+    the average right), or its own rows' share, times world: `world * sum over own rows / global count`.
+    """
+    if world() == 1:
+        return x
+    return _Gather.apply(x, _lengths(x))
+
+
+def _lengths(x: Tensor) -> list[int]:
     length = torch.tensor([len(x)], device=x.device)
     lengths = [torch.empty_like(length) for _ in range(world())]
     dist.all_gather(lengths, length)
-    sizes = [int(n) for n in torch.cat(lengths)]
+    return [int(n) for n in torch.cat(lengths)]
+
+
+def _gather(x: Tensor, sizes: list[int]) -> Tensor:
     padded = x.new_zeros((max(sizes), *x.shape[1:]))
     padded[: len(x)] = x
     parts = [torch.empty_like(padded) for _ in sizes]

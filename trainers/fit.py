@@ -11,10 +11,14 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from avstore.errors import ConflictError
 from avstore.frontends import named
+from avstore.views import AvidView, RandomView, Views
+from avstore.windows import Extents, clip_samples, picture_samples, to_samples
 from trainers.config import RunConfig
-from trainers.config import method as find_method
+from trainers.methods import method as find_method
 from trainers.needs import Needs
 
 if TYPE_CHECKING:
@@ -23,7 +27,15 @@ if TYPE_CHECKING:
 
 
 def needs_of(config: RunConfig) -> Needs:
-    """What the method asks of a store, from its configuration; equal to the `needs` of its module."""
+    """What the method asks of a store, from its configuration; equal to the `needs` of its module.
+
+    The configuration's own `needs()` where it has one, else its fields of the same names and its line of METHODS.
+    """
+    if callable(getattr(config.method, "needs", None)):
+        found = config.method.needs()
+        if not isinstance(found, Needs):
+            raise TypeError(f"{type(config.method).__name__}.needs() gives {type(found).__name__}, not Needs")
+        return found
     line, c = find_method(config.name), config.values()
     return Needs(
         frames=c.get("frames", 0),
@@ -35,7 +47,21 @@ def needs_of(config: RunConfig) -> Needs:
         sound=line.sound,
         labels=line.labels,
         max_offset=c.get("max_offset", 0.0),
+        copies=c.get("copies", 1),
     )
+
+
+def policy_of(config: RunConfig, sample_rate: int) -> Views:
+    """How the method's clips are cut: its own policy, or AVID's single clip."""
+    clips = find_method(config.name).load().clips
+    if clips is not None:
+        return clips(config.method, sample_rate)
+    return AvidView(to_samples(needs_of(config).max_offset, sample_rate))
+
+
+def views_of(config: RunConfig) -> int:
+    """V: windows of a clip times its copies."""
+    return policy_of(config, 24000).views * needs_of(config).copies
 
 
 def largest_size(height: int) -> int:
@@ -107,8 +133,11 @@ def fit(config: RunConfig, store: Store) -> tuple[RunConfig, list[str]]:
             "its videos lay in no folders named so",
             "ingest a folder with one subfolder per class",
         )
+    if needs.labels:
+        notes += _labels(config, store)
     if changes:
         config = config.replace(**changes)
+    notes += _cuts(config, store)
     if needs.picture and config.loop.crop_area[1] > 0.9:
         wide = _wider(store)
         if wide:
@@ -117,6 +146,47 @@ def fit(config: RunConfig, store: Store) -> tuple[RunConfig, list[str]]:
                 f"(ingest --size {spec.height}x{-(-spec.height // 9) * 16} keeps all of a 16:9 picture)"
             )
     return config, notes
+
+
+def _labels(config: RunConfig, store: Store) -> list[str]:
+    """Videos without a label; ConflictError where there are not two classes to tell apart."""
+    found = store.column("label", store.numbers)
+    classes = {str(x) for x in found if x is not None}
+    if len(classes) < 2:
+        raise ConflictError(
+            f"{config.name} needs labels, {store.path} has {len(classes)} class{'' if len(classes) == 1 else 'es'}",
+            "there is nothing to tell apart",
+            "ingest a folder with one subfolder per class, or a list with a column label",
+        )
+    missing = sum(x is None for x in found)
+    return [f"approximate: {missing} of {len(found)} videos have no label and teach nothing"] if missing else []
+
+
+def _cuts(config: RunConfig, store: Store) -> list[str]:
+    """Videos too short for the clips asked of them."""
+    needs, rate, numbers = needs_of(config), store.spec.sample_rate, store.numbers
+    policy = policy_of(config, rate)
+    sound = max(to_samples(needs.seconds, rate), 1) if needs.sound else 1
+    fps = store.spec.fps if needs.fps == "native" else needs.fps
+    picture = max(clip_samples(needs.frames, fps, rate), 1) if needs.picture else 1
+    if not len(numbers):
+        return []
+    lengths = store.sound[numbers, 1]
+    if isinstance(policy, RandomView) and policy.whole_sound:
+        longer = int((lengths > sound).sum())
+        return (
+            [f"approximate: the sound of {longer} of {len(numbers)} videos is longer than {needs.seconds:g} s and cut"]
+            if longer
+            else []
+        )
+    if policy.views == 1:
+        return []
+    extents = Extents(picture_samples(store.frames[numbers], store.spec.fps, rate), store.sound[numbers, 0], lengths)
+    half = np.full((len(numbers), max(policy.numbers, 1)), 0.5)
+    cut = policy.starts(extents, half, np.zeros(len(numbers), np.int64), picture, sound)
+    closer = int(np.asarray(cut.shrunk).sum())
+    what = f"approximate: {closer} of {len(numbers)} videos are too short for the {policy.views} windows asked: "
+    return [f"{what}they move closer together"] if closer else []
 
 
 def _ingest_size(size: int) -> str:

@@ -34,8 +34,8 @@ from trainers import checkpoint as checkpoints
 from trainers import data, distributed, fit
 from trainers.batch import Batch
 from trainers.config import RunConfig, resolve_stage
-from trainers.config import method as find_method
 from trainers.encoders import has_local_batch_norm
+from trainers.methods import method as find_method
 from trainers.metrics import MetricLog
 from trainers.optimiser import channels_last, learning_rate_at, make_optimiser
 from trainers.process import agreed, choose_precision, interrupts, processes, thread_count
@@ -364,6 +364,7 @@ class Trainer:
             module,
             device_ids=[self.device.index] if self.device.type == "cuda" else None,
             gradient_as_bucket_view=True,
+            find_unused_parameters=bool(getattr(self.method, "unused_parameters", False)),
         )
         self.model = wrapped
         return wrapped

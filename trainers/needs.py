@@ -21,6 +21,7 @@ class Needs:
     sound: bool = True  # a video without sound is dropped from the selection
     labels: bool = False
     max_offset: float = 0.0  # seconds by which the pictures may lie outside the sound window
+    copies: int = 1  # of each clip, each augmented on its own
 
     def __post_init__(self) -> None:
         wrong = []
@@ -30,6 +31,10 @@ class Needs:
             wrong.append(f"fps {self.fps!r} must be a whole number of frames per second or 'native'")
         if self.sound and not self.seconds > 0:
             wrong.append(f"seconds {self.seconds} must be above 0")
+        if self.copies < 1:
+            wrong.append(f"copies {self.copies} must be at least 1")
+        if not self.picture and not self.sound:
+            wrong.append("a clip without picture and without sound")
         if self.max_offset < 0:
             wrong.append(f"max_offset {self.max_offset} must not be negative")
         if wrong:

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import nn
 
+from avstore.errors import UsageError
 from trainers.config import TrainConfig
 
 
@@ -27,11 +28,19 @@ def learning_rate_at(step: int, total: int, steps_per_epoch: float, config: Trai
 
 
 def make_optimiser(module: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """Over all parameters that take a gradient, in the order of their names; fused where torch has it."""
+    """Over the parameters that take a gradient (momentum copies and teachers do not), in the order of the module; fused
+    where torch has it. UsageError where there is none."""
     parameters = [p for p in module.parameters() if p.requires_grad]
+    if not parameters:
+        raise UsageError("nothing to train", "no parameter of this method takes a gradient")
     if config.optimiser == "sgd":
         return torch.optim.SGD(
-            parameters, config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay, fused=True
+            parameters,
+            config.learning_rate,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            nesterov=config.nesterov,
+            fused=True,
         )
     kind = torch.optim.AdamW if config.optimiser == "adamw" else torch.optim.Adam
     return kind(parameters, config.learning_rate, weight_decay=config.weight_decay, fused=True)

@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from avstore.durable import canonical_json, machine_errors, read_json, write_atomic
-from avstore.errors import ConflictError, CorruptError, NotFoundError, did_you_mean
-from trainers.config import FREE, RunConfig, as_text
-from trainers.config import method as find_method
+from avstore.errors import ConflictError, CorruptError, NotFoundError, UsageError, did_you_mean
+from trainers.config import FREE, RunConfig
+from trainers.methods import method as find_method
 from trainers.snapshot import Snapshot
+from trainers.typed import as_text
 
 if TYPE_CHECKING:
     from torch import nn
@@ -120,7 +121,12 @@ def build(config: RunConfig, snapshot: Snapshot | None, rows: int | None) -> nn.
     """See `Run.build`."""
     if rows is None:
         rows = min(len(snapshot.numbers), 4096) if snapshot is not None else 4096
-    return find_method(config.name).load().make(config.method, rows)
+    line = find_method(config.name)
+    if not line.labels:
+        return line.load().make(config.method, rows)
+    if snapshot is None or snapshot.labels is None:
+        raise UsageError(f"{config.name} needs the names of its classes", "they are in the snapshot of its run")
+    return line.load().make(config.method, rows, snapshot.labels)
 
 
 def find_run(text: str | os.PathLike[str]) -> Run:
