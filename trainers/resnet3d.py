@@ -68,7 +68,7 @@ class VideoResNet(Encoder):
     """(B, 3, T, H, W) float -> (B, 8 * width). 31,300,125 (r2plus1d), 33,166,272 (r3d), 11,490,240 (mc3) parameters at
     width 64, and 205,200 more with classes = 400.
 
-    kind: 'r2plus1d', 'r3d', 'mc3'. classes: of a layer `fc` behind the pooled vector, see `logits`; None: no such layer.
+    kind: 'r2plus1d', 'r3d', 'mc3'. classes: of a layer `fc` behind the pooled vector, see `logits`; None: without it.
     Raises UsageError for an unknown kind, width < 1, classes < 1.
     """
 

@@ -1,4 +1,4 @@
-"""The two towers (encoder + head for sight, encoder + head for sound) that AVID and AVID-CMA train.
+"""The two towers (encoder + head for sight, encoder + head for sound) that AVID, AVID-CMA and their kin train.
 
 Only what both share: building them from a seed, embedding with masks, naming the four outputs. No loss, no bank.
 """
@@ -12,14 +12,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from avstore.errors import UsageError
-from trainers.encoders import AudioNet, Pool, VideoNet, encode
+from trainers import backbones
+from trainers.encoders import AudioNet, Encoder, Pool, VideoNet, encode
 from trainers.heads import ProjectionHead
 
 
 class Towers(nn.Module):
     """Encoders `video`, `audio` and heads `video_head`, `audio_head`, initialised as a pure function of `seed`.
 
-    The global random state is left as it was.
+    video_net, audio_net: names of `backbones.VIDEO` and AUDIO; None: AVID's of `video_depth`, `audio_depth`. width:
+    channels of the first stage, pool: of the last map; None: 64 and max, or what a named network's paper has. small:
+    AVID's networks without the stem's max-pool. The global random state is left as it was.
     """
 
     def __init__(
@@ -28,18 +31,29 @@ class Towers(nn.Module):
         seed: int,
         video_depth: int = 18,
         audio_depth: int = 10,
-        width: int = 64,
+        width: int | None = 64,
         small: bool = False,
-        pool: Pool = "max",
+        pool: Pool | None = "max",
         hidden: int = 512,
         dim: int = 128,
         head_batch_norm: bool = False,
+        video_net: str | None = None,
+        audio_net: str | None = None,
     ) -> None:
         super().__init__()
+        own = {"small": True} if small else {}  # of a network that has no such stem: refused there, by name
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed every GPU, for good
-            self.video = VideoNet(video_depth, width, small, pool)
-            self.audio = AudioNet(audio_depth, width, small, pool)
+            self.video: Encoder = (
+                VideoNet(video_depth, 64 if width is None else width, small, pool or "max")
+                if video_net is None
+                else backbones.video_net(video_net, width, pool=pool, **own)
+            )
+            self.audio: Encoder = (
+                AudioNet(audio_depth, 64 if width is None else width, small, pool or "max")
+                if audio_net is None
+                else backbones.audio_net(audio_net, width, pool=pool, **own)
+            )
             self.video_head = ProjectionHead(self.video.dim, hidden, dim, head_batch_norm)
             self.audio_head = ProjectionHead(self.audio.dim, hidden, dim, head_batch_norm)
         self.dim = dim

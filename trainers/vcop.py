@@ -1,4 +1,4 @@
-"""The networks of the VCOP family (Xu et al., CVPR 2019), which AVCL, IIC, TCGL and CCL's student use: C3D, R3D, R(2+1)D.
+"""The networks of the VCOP family (Xu et al., CVPR 2019), which AVCL, IIC, TCGL and CCL use.
 
     C3D      eight 3 x 3 x 3 convolutions with batch normalisation; its two wide linear layers gave way to pooling
     R3D      7 x 7 x 3 stem and one residual block in each of conv2x ... conv5x: "9 conv layers"
