@@ -161,7 +161,7 @@ class Feed(Iterator[Fed]):
         self.windows, self.views = policy.views, policy.views * needs.copies
         self.copies, self.samples = needs.copies, to_samples(needs.seconds, rate) if needs.sound else 0
         self.device, self.order, self.loop = device, plan.order, loop
-        self.normaliser = Normaliser(needs, snapshot.statistics, rate, device, _dtype(loop.precision))
+        self.normaliser = Normaliser(needs, snapshot.statistics, rate, device, dtype_of(loop.precision))
         self.augment = None
         if needs.picture:
             self.augment = VideoAugment(
@@ -322,5 +322,6 @@ def open_loader(
     )
 
 
-def _dtype(precision: str) -> torch.dtype:
+def dtype_of(precision: str) -> torch.dtype:
+    """Of what a method is given: float64 for fp64, else float32 (bf16 is autocast's)."""
     return torch.float64 if precision == "fp64" else torch.float32

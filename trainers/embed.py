@@ -6,7 +6,8 @@
 The clip of second s is centred at s + 1/2: pictures of frames / fps seconds, sound of `seconds`, each moved back into
 the video where it would stick out (`seconds.SecondView`); the centre crop; networks in eval mode, float32. A video
 shorter than the clip loops its pictures, its sound is padded with zeros, as in training. Towers: 'video', 'audio' (unit
-length), 'video-trunk', 'audio-trunk' (pooled features). Vectors that are not finite are refused.
+length), 'video-trunk', 'audio-trunk' (pooled features), and what else a method has ('joint', of rows with picture and
+sound). Vectors that are not finite are refused.
 
 Written shard by shard under a dotted name beside the place, renamed when complete; repeating the command fills what is
 missing, also after a new ingest. A file that was never ingested goes through the very same code: it is ingested into a
@@ -16,6 +17,7 @@ store of one video, in a temporary folder, with this store's spec.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
 import shutil
 import tempfile
@@ -219,7 +221,11 @@ def seconds_of_videos(store: Store, numbers: np.ndarray, every: int = 1) -> tupl
 
 
 class Embedder:
-    """A method in eval mode on its device, with what normalises its input."""
+    """A method in eval mode on its device, with what normalises its input.
+
+    A method has the towers that its `embed` gives: of pictures, of sound, or of both together (a key that only a call
+    with both brings, such as 'joint'). One whose `embed` takes `sound_share` is told what of a window is no padding.
+    """
 
     def __init__(self, method: nn.Module, run: Run, sample_rate: int, device: str = "auto") -> None:
         self.device = choose_device(device)
@@ -227,19 +233,45 @@ class Embedder:
         self.needs = needs_of(run.config)
         self.normaliser = Normaliser(self.needs, run.snapshot.statistics, sample_rate, self.device, torch.float32)
         self.sample_rate = sample_rate
+        self.wants_share = "sound_share" in inspect.signature(method.embed).parameters  # type: ignore[arg-type]
+        self._joint: frozenset[str] | None = None
 
     @torch.no_grad()
     def sizes(self) -> dict[str, int]:
-        """Towers with the length of their vectors."""
+        """Towers with the length of their vectors. UsageError where the method has none."""
         frames = torch.zeros((1, self.needs.frames, 64, 64, 3), dtype=torch.uint8, device=self.device)
         here, on = np.ones(1, bool), torch.ones(1, dtype=torch.bool, device=self.device)
         video = audio = None
+        found: dict[str, torch.Tensor] = {}
         if self.needs.picture:
             video = self.normaliser.video(frames, np.array([[0, 0, 64, 64]]), here, on)
+            found |= self._embed(video, None, None)
         if self.normaliser.mean is not None:
             wave = torch.zeros((1, int(self.needs.seconds * self.sample_rate)), dtype=torch.int16, device=self.device)
             audio = self.normaliser.audio(wave, here, on)
-        return {tower: int(x.shape[1]) for tower, x in self.method.embed(video=video, audio=audio).items()}
+            found |= self._embed(None, audio, torch.ones(1, device=self.device))
+        alone = frozenset(found)
+        if video is not None and audio is not None:
+            found |= self._embed(video, audio, torch.ones(1, device=self.device))
+        if not found:
+            raise UsageError("this method has no towers", "its `embed` gives nothing, for pictures or for sound")
+        self._joint = frozenset(found) - alone
+        return {tower: int(x.shape[1]) for tower, x in found.items()}
+
+    @property
+    def joint(self) -> frozenset[str]:
+        """Towers that take picture and sound together."""
+        if self._joint is None:
+            self.sizes()
+        assert self._joint is not None
+        return self._joint
+
+    def _embed(
+        self, video: torch.Tensor | None, audio: torch.Tensor | None, share: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
+        extra = {"sound_share": share} if self.wants_share else {}
+        found: dict[str, torch.Tensor] = self.method.embed(video=video, audio=audio, **extra)
+        return found
 
     @torch.no_grad()
     def run(
@@ -254,28 +286,36 @@ class Embedder:
         needs = self.needs
         if needs.picture and not store.spec.picture:  # a store of sound alone: its pictures are none
             needs = needs.__class__(**{**needs.__dict__, "picture": False})
+        joint = self.joint
         order = ListedOrder(len(numbers), rows, seconds, batch)
         loader = open_loader(store, numbers, needs, order, SecondView(store.spec.sample_rate), device=self.device)
         with loader:
             for raw in loader.steps(0, order.batches):
                 on = raw.tensors(self.device)
                 out: dict[str, torch.Tensor] = {}
-                for kind, here in (("picture", raw.has_picture), ("sound", raw.has_sound)):
-                    if not here.any():
-                        continue
-                    kept = torch.from_numpy(np.flatnonzero(here)).to(self.device)  # blanks never enter a network
-                    all_here, mask = here[here], on[f"has_{kind}"][kept]
-                    if kind == "picture" and needs.picture:
-                        video = self.normaliser.video(on["frames"][kept], raw.box[here], all_here, mask)
-                        found = self.method.embed(video=video)
-                    elif kind == "sound" and self.normaliser.mean is not None:
-                        found = self.method.embed(audio=self.normaliser.audio(on["waveform"][kept], all_here, mask))
-                    else:
-                        continue
+                seen = raw.has_picture if needs.picture else np.zeros(len(raw), bool)
+                heard = raw.has_sound if self.normaliser.mean is not None else np.zeros(len(raw), bool)
+                for here, video, audio in ((seen, True, False), (heard, False, True), (seen & heard, True, True)):
+                    if not here.any() or (video and audio and not joint):
+                        continue  # blanks never enter a network
+                    kept = torch.from_numpy(np.flatnonzero(here)).to(self.device)
+                    found = self._embed(
+                        self._picture(raw, on, here, kept) if video else None,
+                        self._sound(on, here, kept) if audio else None,
+                        on["valid_samples"][kept] / on["waveform"].shape[1] if audio and self.wants_share else None,
+                    )
                     for tower, x in found.items():
+                        if (video and audio) != (tower in joint):
+                            continue
                         self._require_finite(store, tower, x, raw.video[here], raw.draw[here])
                         out[tower] = x.new_full((len(raw), x.shape[1]), torch.nan).index_copy_(0, kept, x)
                 yield raw.video.copy(), raw.draw.copy(), {t: x.float().cpu().numpy() for t, x in out.items()}
+
+    def _picture(self, raw: Any, on: dict[str, torch.Tensor], here: np.ndarray, kept: torch.Tensor) -> torch.Tensor:
+        return self.normaliser.video(on["frames"][kept], raw.box[here], here[here], on["has_picture"][kept])
+
+    def _sound(self, on: dict[str, torch.Tensor], here: np.ndarray, kept: torch.Tensor) -> torch.Tensor:
+        return self.normaliser.audio(on["waveform"][kept], here[here], on["has_sound"][kept])
 
     def _require_finite(self, store: Store, tower: str, x: torch.Tensor, video: np.ndarray, second: np.ndarray) -> None:
         bad = ~torch.isfinite(x.to(torch.float16)).all(1)  # float16 is what the store keeps
@@ -450,7 +490,7 @@ def _require_serves(run: Run, store: Store) -> None:
     if store.spec.picture:
         import dataclasses
 
-        fit(dataclasses.replace(config, asked=asked), store)
+        fit(dataclasses.replace(config, asked=asked), store, train=False)
 
 
 def _group(folder: Path) -> None:

@@ -69,8 +69,9 @@ def largest_size(height: int) -> int:
     return max(16, height * 7 // 8 // 16 * 16)
 
 
-def fit(config: RunConfig, store: Store) -> tuple[RunConfig, list[str]]:
-    """The configuration as this store can serve it, and what that makes approximate, one line each.
+def fit(config: RunConfig, store: Store, train: bool = True) -> tuple[RunConfig, list[str]]:
+    """The configuration as this store can serve it, and what that makes approximate, one line each. `train` False: for
+    embedding, which takes one clip a second and no labels.
 
     The frame size and rate follow the store, unless the preset is `paper` or the user named the key: then what the
     store lacks is a ConflictError that names the ingest option.
@@ -127,17 +128,18 @@ def fit(config: RunConfig, store: Store) -> tuple[RunConfig, list[str]]:
                 f"the bands above {spec.sample_rate // 2} Hz were not kept",
                 f"ingest into another store with --sample-rate {recipe.sample_rate}",
             )
-    if needs.labels and "label" not in store.columns:
+    if train and needs.labels and "label" not in store.columns:
         raise ConflictError(
             f"{config.name} needs labels, {store.path} has no column label",
             "its videos lay in no folders named so",
             "ingest a folder with one subfolder per class",
         )
-    if needs.labels:
+    if train and needs.labels:
         notes += _labels(config, store)
     if changes:
         config = config.replace(**changes)
-    notes += _cuts(config, store)
+    if train:
+        notes += _cuts(config, store)
     if needs.picture and config.loop.crop_area[1] > 0.9:
         wide = _wider(store)
         if wide:

@@ -41,6 +41,7 @@ from trainers.optimiser import channels_last, learning_rate_at, make_optimiser
 from trainers.process import agreed, choose_precision, interrupts, processes, thread_count
 from trainers.run import OpenRun, Run, build, find_run, require_same
 from trainers.snapshot import Snapshot, take_snapshot
+from trainers.teacher import bind_teachers
 
 
 @dataclass(frozen=True)
@@ -192,6 +193,8 @@ class Trainer:
             channels_last(self.method)
         if device.type == "cuda" and distributed.world() > 1:
             self.method = nn.SyncBatchNorm.convert_sync_batchnorm(self.method)
+        for text in bind_teachers(self.method, store, snapshot, device, data.dtype_of(self.precision)):
+            on_event(Event("note", name, text=text))
         self.contract: Any = self.method  # the same, for what nn.Module does not declare
         self.optimiser = make_optimiser(self.method, loop)
         self.model: Callable[[Batch], tuple[Tensor, dict[str, Any]]] = self.method

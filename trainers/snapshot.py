@@ -20,6 +20,7 @@ from avstore.errors import ConflictError, UsageError
 from avstore.frontends import BinStatistics, named, spectrogram
 from trainers.config import RunConfig
 from trainers.fit import needs_of, select
+from trainers.methods import method
 
 if TYPE_CHECKING:
     from avstore.store import Store
@@ -49,6 +50,7 @@ class Snapshot:
     init: dict[str, Any] | None = None
     labels: tuple[str, ...] | None = None  # class names in order, for methods that need labels
     versions: dict[str, Any] = field(default_factory=dict)
+    teachers: dict[str, str] = field(default_factory=dict)  # source -> digest, of methods that learn from others
 
     def to_json(self) -> dict[str, Any]:
         value = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -161,7 +163,17 @@ def take_snapshot(
         init=lineage,
         labels=labels,
         versions={k: sorted(v) for k, v in store.versions.items()},
+        teachers=_teachers(config),
     )
+
+
+def _teachers(config: RunConfig) -> dict[str, str]:
+    named = method(config.name).load().teachers
+    if named is None:
+        return {}
+    from trainers.teacher import digests
+
+    return digests(named(config.method))
 
 
 def measure_statistics(
