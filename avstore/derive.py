@@ -204,7 +204,7 @@ class _Derive:
     def check_recipe(self) -> None:
         """ConflictError where a finished array of this name was made by another recipe."""
         if self.final.is_dir() and self.recipe.name not in self.store.spec.front_ends:
-            found = _recipe_of(self.final)
+            found = _recipe_of(self.final) or dict(self.store.spec.foreign).get(self.recipe.name)
             if found != self.recipe.hash:
                 raise ConflictError(
                     f"{self.final} was computed by another recipe",

@@ -27,8 +27,11 @@ def is_store(root: Path) -> bool:
 
 
 def read_spec(root: Path) -> Spec:
-    """The spec of a store; errors as in `catalogue.read_attributes` and `Spec.from_json`."""
-    return Spec.from_json(read_attributes(root)["spec"])
+    """The spec of a store that is to be written to; errors as in `catalogue.read_attributes`, `Spec.from_json` and
+    `Spec.require_recipes`."""
+    spec = Spec.from_json(read_attributes(root)["spec"])
+    spec.require_recipes()
+    return spec
 
 
 def require_free(root: Path) -> None:

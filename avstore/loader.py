@@ -546,6 +546,7 @@ def _job(
                 f"front-end {front_end!r} is not stored here", did_you_mean(front_end, store.front_ends),
                 "avstore derive stores it; avstore.frontends.spectrogram computes it from batch.waveform",
             )  # fmt: skip
+        store._require_recipe(front_end)
         array = spectrogram_array(front_end)
         if not samples or samples * array.rate % spec.sample_rate:
             raise UsageError(

@@ -25,7 +25,7 @@ from avstore.records import Plan, plan_path
 from avstore.sources import Entry, Listing, encode_path, read_source
 from avstore.spec import PROFILES, Spec
 
-SPEC_FIELDS = {f.name for f in dataclasses.fields(Spec)} - {"height", "width", "picture"}
+SPEC_FIELDS = {f.name for f in dataclasses.fields(Spec)} - {"height", "width", "picture", "foreign"}
 
 
 def default_store(source: Path) -> Path:
@@ -138,7 +138,8 @@ def longer(ledger: Ledger, spec: Spec) -> list[Probed]:
         if seconds is None:
             continue
         plan, i = known.plan, known.index
-        entry = Entry(key, known.path, known.size, plan.start[i], plan.end[i], known.columns())
+        columns = {name: value for name, value in known.columns().items() if value is not None}
+        entry = Entry(key, known.path, known.size, plan.start[i], plan.end[i], columns)
         if slot_seconds(seconds) > spec.max_seconds + 1:
             words = f"lasts {float(seconds):.0f} s, {spec.max_seconds} s are allowed"
             out.append(Probed(entry, failed=failure("too_large", words)))

@@ -18,7 +18,8 @@ from avstore.errors import NotFoundError, UsageError, did_you_mean
 if TYPE_CHECKING:
     from avstore.catalogue import Catalogue
 
-HELD_OUT = frozenset({"test", "testing", "val", "validation", "eval"})  # splits never pre-trained on by default
+# Splits never pre-trained on by default; `unused` is what HMDB51 calls videos outside of a split's two sides.
+HELD_OUT = frozenset({"test", "testing", "val", "validation", "eval", "unused"})
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,8 @@ def select(
     """The ok videos of `store` that meet all conditions.
 
     `where`: conditions on columns. `list`: a file of keys (a key without its suffix, or its last part, also finds its
-    video when that is unique). `subset`: a seeded draw of n. `held_out=False` drops rows whose split is test, testing,
-    val, validation or eval. UsageError when nothing is left.
+    video when that is unique). `subset`: a seeded draw of n. `held_out=False` drops rows whose split is one
+    of HELD_OUT. UsageError when nothing is left.
     """
     numbers = store.numbers  # ok, current
     said = []

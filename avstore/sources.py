@@ -72,11 +72,11 @@ def decode_path(text: str) -> str:
 
 def folder_columns(path: str) -> dict[str, str | None]:
     """`label` and `split` from the folders of a relative path: a train/val/test folder names the split, the last
-    other folder the label; None where there is no such folder."""
+    other folder the label; without the key where there is no such folder."""
     folders = path.split("/")[:-1]
-    split = next((f for f in folders if f.lower() in SPLITS), None)
+    splits = [f.lower() for f in folders if f.lower() in SPLITS]
     labels = [f for f in folders if f.lower() not in SPLITS]
-    return {"label": labels[-1] if labels else None, "split": split.lower() if split else None}
+    return {**({"label": labels[-1]} if labels else {}), **({"split": splits[0]} if splits else {})}
 
 
 def read_source(source: Path, exclude: Iterable[Path] = ()) -> Listing:

@@ -13,7 +13,7 @@ from typing import Any
 
 from avstore.durable import canonical_json
 from avstore.errors import ConflictError, CorruptError, UsageError, did_you_mean
-from avstore.frontends import FRONT_ENDS
+from avstore.frontends import FRONT_ENDS, named
 
 FORMAT = 1  # version of the on-disk format, docs/format.md
 SHARD_BYTES = 128 * 2**20
@@ -42,6 +42,8 @@ class Spec:
     max_pixels: int = 64 * 2**20  # of a source frame
     cpu_base: float = 60.0  # CPU seconds that a child may spend on a video: base + per_second * seconds of media
     cpu_per_second: float = 20.0
+    # (name, hash) of spectrograms that another recipe than this avstore's made: neither read nor written
+    foreign: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         wrong = []
@@ -76,27 +78,33 @@ class Spec:
 
     def to_json(self) -> dict[str, Any]:
         out = dataclasses.asdict(self)
-        out["front_ends"] = {name: FRONT_ENDS[name].hash for name in self.front_ends}
+        del out["foreign"]
+        out["front_ends"] = {**{name: FRONT_ENDS[name].hash for name in self.front_ends}, **dict(self.foreign)}
         return out
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Spec:
-        """The spec in a store's attributes; CorruptError for fields of another version."""
-        fields = {f.name for f in dataclasses.fields(cls)}
+        """The spec in a store's attributes; CorruptError for fields of another version. Front-ends that this avstore
+        does not know, or knows by another recipe, come in `foreign`: all else of such a store can be used."""
+        fields = {f.name for f in dataclasses.fields(cls)} - {"foreign"}
         if set(value) != fields:
             raise CorruptError(
                 "the spec of this store has other fields than this avstore knows",
                 f"unexpected {sorted(set(value) - fields)}, missing {sorted(fields - set(value))}",
                 "open it with the avstore that wrote it, or ingest again into a new store",
             )
-        for name, digest in value["front_ends"].items():
-            if name in FRONT_ENDS and FRONT_ENDS[name].hash != digest:
-                raise ConflictError(
-                    f"front-end {name} of this store was computed by another recipe",
-                    f"the store has {digest}, this avstore {FRONT_ENDS[name].hash}",
-                    "use the avstore version that wrote it, or ingest again into a new store",
-                )
-        return cls(**{**value, "front_ends": tuple(sorted(value["front_ends"]))})
+        ours = {name for name, digest in value["front_ends"].items() if _hash(name) == digest}
+        foreign = sorted((name, digest) for name, digest in value["front_ends"].items() if name not in ours)
+        return cls(**{**value, "front_ends": tuple(sorted(ours)), "foreign": tuple(foreign)})
+
+    def require_recipes(self) -> None:
+        """ConflictError where spectrograms of this store were made by other recipes: what writes them calls this."""
+        for name, digest in self.foreign:
+            raise ConflictError(
+                f"front-end {name} of this store was computed by another recipe",
+                f"the store has {digest}, this avstore {_hash(name) or 'no front-end of that name'}",
+                "use the avstore version that wrote it, or ingest into a new STORE; reading all else of it works",
+            )
 
     @property
     def fingerprint(self) -> str:
@@ -180,9 +188,13 @@ def jpeg_codec(quality: int) -> dict[str, Any]:
     return {"name": "imagecodecs_jpeg", "configuration": {"level": quality, "subsampling": "420"}}
 
 
+def _hash(name: str) -> str | None:
+    return FRONT_ENDS[name].hash if name in FRONT_ENDS else None
+
+
 def spectrogram_array(name: str) -> ArraySpec:
-    """float16 log-spectrogram rows of a front-end; inner chunk 1 s."""
-    recipe = FRONT_ENDS[name]
+    """float16 log-spectrogram rows of a front-end; inner chunk 1 s. UsageError for an unknown one."""
+    recipe = named(name)
     rate = recipe.rows_per_second
     return ArraySpec(
         f"spectrograms/{name}",

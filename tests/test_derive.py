@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import shutil
@@ -21,7 +22,11 @@ from avstore.durable import canonical_json, read_json
 from avstore.errors import ConflictError, CorruptError, InterruptedRun, MachineError, NotFoundError, UsageError
 from avstore.frontends import FRONT_ENDS, spectrogram_rows
 from avstore.ingest import ingest
+from avstore.loader import Loader
 from avstore.lock import StoreLock
+from avstore.sampler import Order
+from avstore.verify import verify
+from avstore.views import UniformView
 from tests.ingest_media import digest, write_wav
 from tests.small_stores import SMALL, small_store
 from tests.tiny_store import Tiny, default_spec, make_store
@@ -250,6 +255,43 @@ def test_another_recipe_is_not_mixed(tiny: Path) -> None:
     assert coverage(avstore.open(tiny))["spectrograms/crisscross-mel80"]["unfinished"]
     derive(tiny, "crisscross-mel80")
     assert read_json(file)["attributes"]["recipe"] == FRONT_ENDS["crisscross-mel80"].hash
+
+
+def test_a_store_whose_spectrograms_another_recipe_made(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, tiny_media: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An ingest by another avstore version, whose recipe of a front-end differed: only this spectrogram is refused."""
+    made = small_store(tmp_path_factory, tiny_media, front_ends=("crisscross-mel80",))
+    path = Path(shutil.copytree(made, tmp_path / "s.zarr"))
+    with avstore.open(path) as before:
+        clip = before.clip(0, 0, n=8, fps=8)
+    monkeypatch.setitem(
+        FRONT_ENDS, "crisscross-mel80", dataclasses.replace(FRONT_ENDS["crisscross-mel80"], eps=1e-3)
+    )
+    with avstore.open(path) as store:
+        again = store.clip(0, 0, n=8, fps=8, front_end="crisscross-mel80")  # computed from the waveform, by ours
+        assert np.array_equal(again.frames, clip.frames) and np.array_equal(again.waveform, clip.waveform)
+        assert again.spectrogram is not None
+        with pytest.raises(ConflictError, match="another recipe"):
+            store.stored_spectrogram(0, "crisscross-mel80")
+        selection = store.select()
+        with pytest.raises(ConflictError, match="another recipe"):
+            Loader(
+                store, selection, UniformView(1), order=Order(len(selection), draws=1, seed=0, batch_size=1),
+                frames=0, fps=8, samples=store.spec.sample_rate, front_end="crisscross-mel80", in_process=True,
+            )  # fmt: skip
+        assert coverage(store)["spectrograms/crisscross-mel80"]["recipe"] != FRONT_ENDS["crisscross-mel80"].hash
+    bytes_before = digest(path)
+    with pytest.raises(ConflictError, match="front-end crisscross-mel80 of this store was computed by another recipe"):
+        ingest(tiny_media, path)
+    with pytest.raises(ConflictError, match="another recipe"):
+        derive(path, "crisscross-mel80")
+    assert digest(path) == bytes_before
+    report = verify(path)
+    assert report.ok and any("crisscross-mel80 is not checked" in note for note in report.notes)
+    derive(path, "avid-linear257")
+    with avstore.open(path) as store:
+        assert np.isfinite(store.stored_spectrogram(0, "avid-linear257")).all() and verify(path).ok
 
 
 def test_what_cannot_be_derived(tiny: Path, tmp_path: Path) -> None:

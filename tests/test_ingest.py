@@ -88,7 +88,7 @@ def test_every_input_is_accounted_for(made: Path, source: Path) -> None:
     with open_store(made) as store:
         by_key = {v.key: v for v in store}
         assert {v.columns["split"] for v in store if v.key.startswith("t")} <= {"train", "test"}
-        assert by_key["short.wav"].columns == {"label": None, "split": None}
+        assert by_key["short.wav"].columns == {"label": None, "split": None}  # others have them
         assert by_key["short.wav"].samples == 12000 and by_key["long.wav"].samples == 160000
         assert by_key["liar.mp4"].seconds == 6.0
 

@@ -43,9 +43,9 @@ def test_csv_keeps_every_column_as_text(media: Path) -> None:
     )
     listing, report = read_list(path)
     assert [(e.key, e.path, e.size, e.columns) for e in listing.entries] == [
-        ("a.mp4", "a.mp4", 5, {"label": "dog", "split": None, "fold": "1", "speaker": "s1"}),
-        ("b.mp4", "b.mp4", 5, {"label": "1.50", "split": None, "fold": "3", "speaker": 'say "hi"'}),
-        ("x,y.wav", "x,y.wav", 7, {"label": "cat", "split": None, "fold": "02", "speaker": None}),
+        ("a.mp4", "a.mp4", 5, {"label": "dog", "fold": "1", "speaker": "s1"}),
+        ("b.mp4", "b.mp4", 5, {"label": "1.50", "fold": "3", "speaker": 'say "hi"'}),
+        ("x,y.wav", "x,y.wav", 7, {"label": "cat", "fold": "02", "speaker": None}),
     ]
     assert (report.kind, report.rows, report.matched, report.missing, report.duplicates) == ("plain", 3, 3, [], 0)
     assert listing.root == media.resolve() and not listing.whole
@@ -82,7 +82,7 @@ def test_one_path_a_line(media: Path) -> None:
 def test_json_values_keep_their_text(media: Path) -> None:
     row = '{"path": "a.mp4", "n": 1.50, "big": 12345678901234567890123, "ok": true, "no": null, "l": [1, "é"]}'
     (entry,) = read_list(write(media, "l.jsonl", row))[0].entries
-    assert entry.columns == {"label": None, "split": None, "n": "1.50", "big": "12345678901234567890123", "ok": "true",
+    assert entry.columns == {"n": "1.50", "big": "12345678901234567890123", "ok": "true",
                              "no": None, "l": '["1", "é"]'}  # fmt: skip
 
 
@@ -111,7 +111,7 @@ def test_equal_rows_count_once_and_others_are_an_error_naming_both_lines(media: 
 
 def test_columns_of_every_store_get_another_name(media: Path) -> None:
     (entry,), report = (r := read_list(write(media, "l.csv", "path,frames,key\na.mp4,300,k\n")))[0].entries, r[1]
-    assert entry.columns == {"label": None, "split": None, "list_frames": "300", "list_key": "k"}
+    assert entry.columns == {"list_frames": "300", "list_key": "k"}
     assert report.renamed == {"frames": "list_frames", "key": "list_key"} and "renamed" in str(report)
 
 
@@ -493,7 +493,7 @@ def test_ingest_takes_a_list(tmp_path: Path) -> None:
     assert summary.skipped == [("c.wav", "in the list, but not under media")]
     assert summary.listed == "plain list: 4 rows, 3 videos found, 1 missing"
     opened = avstore.open(store)
-    assert opened.columns == ["fold", "label", "split"]
+    assert opened.columns == ["fold", "label"]
     cut = int(opened.find(["a.wav#3/2-3"])[0])
     assert opened.column("label", [cut]) == ["y"] and opened.seconds(cut) == Fraction(3, 2)
     np.testing.assert_array_equal(opened.waveform(cut)[0], samples[12000:24000])

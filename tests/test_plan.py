@@ -53,8 +53,8 @@ def test_keys_worked_by_hand() -> None:
 
 
 def test_columns_from_folders() -> None:
-    assert folder_columns("x.mp4") == {"label": None, "split": None}
-    assert folder_columns("dog/x.mp4") == {"label": "dog", "split": None}
+    assert folder_columns("x.mp4") == {}
+    assert folder_columns("dog/x.mp4") == {"label": "dog"}
     assert folder_columns("Train/dog/x.mp4") == {"label": "dog", "split": "train"}
     assert folder_columns("dog/val/x.mp4") == {"label": "dog", "split": "val"}
     assert folder_columns("animals/dog/test/x.mp4") == {"label": "dog", "split": "test"}

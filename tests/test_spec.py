@@ -60,12 +60,24 @@ def test_another_spec_is_named_field_by_field() -> None:
     Spec().require_same(Spec())
 
 
-def test_unknown_fields_and_other_recipes_are_refused() -> None:
+def test_unknown_fields_are_refused() -> None:
     value = Spec().to_json()
     with pytest.raises(CorruptError, match="colour"):
         Spec.from_json({**value, "colour": 1})
-    with pytest.raises(ConflictError, match="another recipe"):
-        Spec.from_json({**value, "front_ends": {"crisscross-mel80": "0" * 16}})
+
+
+def test_other_recipes_are_kept_apart() -> None:
+    """A store with spectrograms of another recipe keeps its fingerprint and all else; writing to it is refused."""
+    value = {**Spec(sample_rate=16000).to_json(), "front_ends": {"crisscross-mel80": "0" * 16, "never-heard-of": "1"}}
+    spec = Spec.from_json(value)
+    assert spec.front_ends == () and [name for name, _ in spec.foreign] == ["crisscross-mel80", "never-heard-of"]
+    assert spec.to_json() == value and Spec.from_json(spec.to_json()) == spec
+    assert set(arrays(spec)) == {"frames", "source", "waveform"}
+    others = {Spec(sample_rate=16000).fingerprint, Spec(sample_rate=16000, front_ends=()).fingerprint}
+    assert spec.fingerprint not in others
+    with pytest.raises(ConflictError, match="crisscross-mel80 of this store was computed by another recipe"):
+        spec.require_recipes()
+    Spec().require_recipes()
 
 
 def test_metadata_of_frames_is_the_tested_one() -> None:
