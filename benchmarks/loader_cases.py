@@ -25,8 +25,9 @@ import numpy as np
 from avstore import open as open_store
 from avstore.errors import AvstoreError
 from avstore.ingest import ingest
-from benchmarks.contenders import FRAMES
-from benchmarks.loader import cpu_seconds, family, prepare
+from benchmarks.contenders_clips import FRAMES
+from benchmarks.loader import prepare
+from benchmarks.loader_process import cpu_seconds, family
 from benchmarks.table import Table
 
 BATCH = 16
@@ -243,7 +244,7 @@ def growth(given: dict[str, Any]) -> dict[str, Any]:
     from avstore.sampler import Order
     from avstore.selection import Selection
     from avstore.views import RandomView
-    from benchmarks.loader import memory_bytes
+    from benchmarks.loader_process import memory_bytes
 
     n = given["videos"]
     with open_store(given["store"]) as store, tempfile.TemporaryDirectory() as folder:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,12 @@ import pytest
 import zarr
 
 from avstore.errors import UsageError
+from avstore.loader import Batch
+from avstore.windows import Extents
 from benchmarks import contenders, loader
-from benchmarks.contenders import ClipSet, clip_list, measure, pack, shuffled, unpack
+from benchmarks.contenders import measure
+from benchmarks.contenders_clips import FRAMES, ClipSet, Grid, clip_list, pack, payloads, shuffled, unpack
+from benchmarks.loader_stores import write_raw
 from tests.tiny_store import Tiny, default_spec, make_store
 
 
@@ -24,7 +29,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> ClipSet:
         folder / "jpeg.zarr", [Tiny(3.0), Tiny(0.5), Tiny(20.5)], default_spec(codec="jpeg", height=128, width=176)
     )
     for path, inner in ((folder / "raw.zarr", 1), (folder / "raw-seconds.zarr", 0)):
-        loader._write_raw(folder / "jpeg.zarr", path, inner)
+        write_raw(folder / "jpeg.zarr", path, inner)
     return ClipSet(str(folder), str(folder))
 
 
@@ -35,7 +40,7 @@ def test_clips_do_not_overlap_and_every_epoch_has_all_of_them(work: ClipSet) -> 
     order = shuffled(work, 23)
     first, second = ([next(order) for _ in range(23)] for _ in range(2))
     assert sorted(first) == sorted(second) == list(range(23)) and first != second
-    record = pack(contenders.payloads(store, int(found[4, 1])))
+    record = pack(payloads(store, int(found[4, 1])))
     clip = store.clip(int(found[4, 0]), int(found[4, 1] - store.places[found[4, 0]] * 16) / 16, 16, 16)
     assert np.array_equal(unpack(record), clip.frames)
 
@@ -64,14 +69,57 @@ def test_contenders_deliver(work: ClipSet, name: str) -> None:
     assert contenders.all_files(contender.files(work))
 
 
+def test_avstore_reads_the_clips_of_the_grid(work: ClipSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loader's clips begin on the grid, so that everybody reads the same ones."""
+    from avstore.loader import Loader
+
+    seen: list[tuple[int, int]] = []
+    real = Loader.steps
+
+    def steps(self: Loader, *args: object, **named: object) -> Iterator[Batch]:
+        for batch in real(self, *args, **named):  # type: ignore[arg-type]
+            rate = self.store.spec.sample_rate
+            seen.extend(
+                (n, int(self.store.places[n]) * 16 + o * 16 // rate)
+                for n, o in zip(batch.video.tolist(), batch.offset.tolist(), strict=True)
+            )
+            yield batch
+
+    monkeypatch.setattr(Loader, "steps", steps)
+    _, found = clip_list(work.jpeg)
+    batches = contenders.CONTENDERS["avstore jpeg in-process"].batches(ClipSet(work.work, work.media, 1, 4))
+    while len(seen) < 400:
+        assert next(batches) == 4
+    grid = {(int(n), int(row)) for n, row in found}
+    assert set(seen) <= grid and len(set(seen)) == len(grid)
+    share = sum(n == found[0, 0] for n, _ in seen) / len(seen)  # 3 of the 23 clips are the first video's
+    assert share == pytest.approx(3 / 23, abs=0.02)
+    odd = Grid(sample_rate=8000, fps=30)  # 16 frames are 4266.67 samples: the start rounds up, the row down to its own
+    starts = odd.starts(Extents(np.full(50, 80_000), np.zeros(50), np.zeros(50)), np.linspace(0, 0.999, 50)[:, None],
+                        None, 0, 0).picture  # fmt: skip
+    assert ((starts * 30 // 8000) % FRAMES == 0).all() and len(set(starts.tolist())) == 18
+
+
 def test_one_that_cannot_run_is_left_out_with_its_reason(work: ClipSet, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(contenders.CONTENDERS, "no such contender", contenders.CONTENDERS["memcpy"])  # here only
     with loader._Field(work, ["memcpy", "no such contender"], lambda *_: None) as field:
         field.rounds(1, 0.05)
     assert "memcpy" in field.children and "ended with" in field.left_out["no such contender"]
-    rows = {r["contender"]: r for r in field.tables(1, 0.05)[0].rows}
+    raw, *bars = field.tables(1, 0.05)
+    rows = {r["contender"]: r for r in raw.rows}
     assert "left out: its process ended" in rows["no such contender"]["note"]
-    assert rows["memcpy"]["ratio"] == 1.0 and rows["memcpy"]["clips/s"] > 0
+    assert rows["memcpy"]["ratio"] == 1.0 and rows["memcpy"]["clips/s"] > 0 and rows["memcpy"]["first batch s"] > 0
+    assert not bars  # none of ours ran
+
+
+def test_a_bar_is_against_the_fastest_and_by_rounds(work: ClipSet) -> None:
+    field = loader._Field(work, [*contenders.CONTENDERS], lambda *_: None)
+    for name, rates in (("avstore jpeg", [200, 90, 100]), ("webdataset", [80, 80, 80]), ("litdata", [100, 60, 50])):
+        field.runs[name] = [{"clips": r, "seconds": 1.0, "cpu": 1 / r} for r in rates]
+    bar = field._bar("avstore jpeg", loader.JPEG_RIVALS, 1.3)
+    assert bar is not None and bar["theirs"] == "webdataset"  # median 80 against 60
+    assert bar["ratio"] == 100 / 80 and bar["CPU ratio"] == 100 / 80 and bar["reached"] is False
+    assert field._bar("avstore raw", ("memcpy",), 0.7) is None
 
 
 def test_wrong_names_are_told(tmp_path: Path) -> None:
@@ -97,11 +145,13 @@ def test_the_whole_from_media_to_tables(tiny_media: Path, tmp_path: Path) -> Non
         tiny_media, tmp_path / "work", threads=[1], rounds=1, seconds=0.2, only=["avstore jpeg", "zarr-python"],
         progress=lambda stage, done, total: stages.append(stage),
     )  # fmt: skip
-    assert [r["contender"] for t in tables for r in t.rows] == [
+    assert [r["contender"] for t in tables[:2] for r in t.rows] == [
         "libjpeg-turbo",
         "avstore jpeg",
         "memcpy",
         "zarr-python",
     ]
+    bars = tables.pop()
+    assert [(r["ours"], r["theirs"]) for r in bars.rows] == [("avstore jpeg", "libjpeg-turbo")]
     assert all(r["clips/s"] > 0 for t in tables for r in t.rows) and "cold" in stages
     json.dumps([t.to_json() for t in tables])
