@@ -1,7 +1,7 @@
 """An ingest in a process of its own, for tests that kill it: `python ingest_process.py SOURCE STORE`.
 
 SHARD=i/n: only this share. DIE_AT=n: the process kills itself (SIGKILL) right before the n-th call that changes the
-disk; DIE_AFTER=1: right after.
+disk; DIE_AFTER=1: right after; DIE_BOTH=1: its decoding children too, before itself.
 Prints the number of such calls at the end.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from pathlib import Path
 from typing import Any
 
 from avstore.ingest import ingest
@@ -28,17 +29,24 @@ def main() -> None:
     count, at = 0, int(os.environ.get("DIE_AT", "0"))
     after = bool(os.environ.get("DIE_AFTER"))
 
+    def die() -> None:
+        if os.environ.get("DIE_BOTH"):
+            for task in Path("/proc/self/task").iterdir():
+                for child in (task / "children").read_text().split():
+                    os.kill(int(child), signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGKILL)
+
     def counted(real: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
             nonlocal count
             count += 1
             if count == at and not after:
-                os.kill(os.getpid(), signal.SIGKILL)
+                die()
             try:
                 return real(*args, **kwargs)
             finally:
                 if count == at:
-                    os.kill(os.getpid(), signal.SIGKILL)
+                    die()
 
         return call
 
