@@ -72,10 +72,96 @@ def _avid_cma() -> MethodFile:
     return MethodFile(avid_cma.Config, avid_cma.PRESETS, avid_cma.AvidCma, load_stage="load_avid")
 
 
+def _temporal() -> MethodFile:
+    from trainers import temporal as t
+
+    return MethodFile(t.Config, t.PRESETS, t.Temporal, load_stage="load_avid_cma", clips=t.snippet_views)
+
+
+def _crisscross() -> MethodFile:
+    from trainers import crisscross as c
+
+    return MethodFile(c.Config, c.PRESETS, c.CrissCross, clips=c.two_views)
+
+
+def _sscl_stage_1() -> MethodFile:
+    from trainers import sscl
+
+    return MethodFile(sscl.Config, sscl.PRESETS, sscl.StageOne)
+
+
+def _sscl() -> MethodFile:
+    from trainers import sscl
+
+    return MethodFile(sscl.Config, sscl.PRESETS, sscl.StageTwo, load_stage="load_stage_one")
+
+
+def _supervised() -> MethodFile:
+    from trainers import supervised as m
+
+    return MethodFile(m.Config, m.PRESETS, m.Supervised, clips=m.clips)
+
+
+def _simclr() -> MethodFile:
+    from trainers import simclr as m
+
+    return MethodFile(m.Config, m.PRESETS, m.SimClr, clips=m.clips)
+
+
+def _moco() -> MethodFile:
+    from trainers import moco as m
+
+    return MethodFile(m.Config, m.PRESETS, m.MoCo, clips=m.clips)
+
+
+def _byol() -> MethodFile:
+    from trainers import byol as m
+
+    return MethodFile(m.Config, m.PRESETS, m.Byol, clips=m.clips)
+
+
+def _simsiam() -> MethodFile:
+    from trainers import simsiam as m
+
+    return MethodFile(m.Config, m.PRESETS, m.SimSiam, clips=m.clips)
+
+
+def _barlow_twins() -> MethodFile:
+    from trainers import barlow_twins as m
+
+    return MethodFile(m.Config, m.PRESETS, m.BarlowTwins, clips=m.clips)
+
+
+def _iic() -> MethodFile:
+    from trainers import iic as m
+
+    return MethodFile(m.Config, m.PRESETS, m.Iic, clips=m.clips)
+
+
+def _l3() -> MethodFile:
+    from trainers import l3 as m
+
+    return MethodFile(m.Config, m.PRESETS, m.L3, clips=m.clips)
+
+
 METHODS: dict[str, Method] = {
     "avid": Method(_avid, "Morgado et al. 2021", "instance discrimination across sight and sound"),
     "avid-softmax": Method(_avid_softmax, "audio-focused report, ch. 4", "AVID as a (K+1)-way softmax"),
     "avid-cma": Method(_avid_cma, "Morgado et al. 2021", "AVID, then positives that agree in both", stage="avid"),
+    "temporal": Method(
+        _temporal, "Lavania et al.", "AVID-CMA that fills in masked snippets", views=5, stage="avid-cma"
+    ),
+    "crisscross": Method(_crisscross, "Sarkar and Etemad 2023", "predicts across sight, sound and time", views=2),
+    "sscl-stage-1": Method(_sscl_stage_1, "Zhang et al. 2021", "sight learns alone, then teaches sound"),
+    "sscl": Method(_sscl, "Zhang et al. 2021", "then sound teaches sight", stage="sscl-stage-1"),
+    "simclr": Method(_simclr, "Chen et al. 2020", "a batch' pictures and sounds find their partners"),
+    "moco": Method(_moco, "He et al. 2020", "contrast with queues of a momentum copy's keys"),
+    "byol": Method(_byol, "Grill et al. 2020", "predicts a momentum copy's view of the other modality"),
+    "simsiam": Method(_simsiam, "Chen, He 2021", "predicts the other modality, whose side takes no gradient"),
+    "barlow-twins": Method(_barlow_twins, "Zbontar et al. 2021", "dimensions that agree and do not repeat each other"),
+    "iic": Method(_iic, "Tao et al. 2020", "contrast with other videos and with the own one without its time"),
+    "l3": Method(_l3, "Arandjelovic, Zisserman 2017", "do this picture and this sound belong together?"),
+    "supervised": Method(_supervised, "AVCL's baselines", "labels of the picture, the sound or both", labels=True),
 }
 
 
