@@ -107,11 +107,12 @@ class ShiftedSound:
         start = integers(u[:, 0], low, np.maximum(end - max(picture, sound), low))
         gap = self.gap or sound
         first, last = extents.sound_start, np.maximum(extents.sound_end - sound, extents.sound_start)
-        before = np.maximum(start - gap - first + 1, 0)  # places on either side
-        after = np.maximum(last - (start + gap) + 1, 0)
+        later = np.maximum(start + gap, first)
+        before = np.maximum(np.minimum(start - gap, last) - first + 1, 0)  # places on either side
+        after = np.maximum(last - later + 1, 0)
         some = before + after > 0
         place = integers(u[:, 1], 0, np.maximum(before + after, 1) - 1)
-        there = np.where(place < before, first + place, start + gap + place - before)
+        there = np.where(place < before, first + place, later + place - before)
         farthest = np.where(start - first >= last - start, first, last)
         shifted = np.where(some, there, farthest)
         pictures = np.minimum(start, np.maximum(extents.picture - picture, 0))

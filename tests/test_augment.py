@@ -272,3 +272,33 @@ def test_cuda_agrees_with_the_cpu():
     together = run(VideoAugment(32), frames.cuda())
     alone = run(VideoAugment(32), frames[7:8].cuda(), videos=np.array([7]))
     assert (together[7:8] - alone).abs().max() < 0.1
+
+
+def test_masks_by_hand():
+    rows = torch.ones(2, 20, 10)
+    # widths: floor(u * (widest + 1)), widest = ceil(share * n) - 1: 0.2 of 20 rows -> 0..3, 0.3 of 10 bins -> 0..2
+    u = np.array([[0.99, 0.0, 0.5, 0.999, 0.99, 0.0, 0.0, 0.5], [0.0] * 8])
+    out = augment.mask_bands(rows, u, time=0.2, freq=0.3)
+    blank_rows = (out[0] == 0).all(1).nonzero()[:, 0].tolist()
+    blank_bins = (out[0] == 0).all(0).nonzero()[:, 0].tolist()
+    assert blank_rows == [0, 1, 2, 18, 19] and blank_bins == [0, 1]
+    assert (out[1] == 1).all() and (rows == 1).all()
+    assert augment.mask_bands(rows, u) is rows
+
+
+def test_masks_keep_their_widths_and_reach_every_place():
+    u = np.random.default_rng(0).random((1500, 8))
+    out = augment.mask_bands(torch.ones(1500, 200, 80), u, time=0.1, freq=0.125)
+    time, freq = (out == 0).all(2), (out == 0).all(1)
+    assert int(time.sum(1).max()) == 2 * 19 and int(freq.sum(1).max()) == 2 * 9  # fewer than 20 rows, than 10 bins
+    assert time.any(0).all() and freq.any(0).all()
+    assert float(time.float().mean()) == pytest.approx(1 - (1 - 9.5 / 200) ** 2, rel=0.05)
+    assert ((out == 0) == (time[:, :, None] | freq[:, None, :])).all()
+    alone = augment.mask_bands(torch.ones(1, 200, 80), u[7:8], 0.1, 0.125)
+    assert torch.equal(alone[0], out[7])
+
+
+@pytest.mark.parametrize(("time", "freq", "shape"), [(1.5, 0, 8), (0, -0.1, 8), (0.1, 0.1, 7)])
+def test_masks_that_cannot_be(time, freq, shape):
+    with pytest.raises(UsageError):
+        augment.mask_bands(torch.ones(3, 4, 5), np.zeros((3, shape)), time, freq)
