@@ -1,4 +1,5 @@
-"""Barlow Twins across sight and sound (Zbontar, Jing, Misra, LeCun, Deny; ICML 2021), as AVCL compares it (S1, Table 4).
+"""Barlow Twins across sight and sound (Zbontar, Jing, Misra, LeCun, Deny; ICML 2021), as AVCL compares it (S1, Table
+4).
 
 Over a batch, each dimension of the picture's embedding is correlated with each dimension of the sound's. The loss
 wants the identity: the same dimension agrees between the modalities, different ones tell different things. It is

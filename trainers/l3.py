@@ -27,14 +27,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainers import draws
 from trainers.batch import Batch
 from trainers.distributed import all_gather_rows, gather_with_grad
-from trainers.pair import TINY, Metrics, Pair, PairConfig, below, clips, present, seeded, spread
+from trainers.pair import TINY, Metrics, Pair, PairConfig, below, clips, false_partners, present, seeded, spread
 
-__all__ = ["PRESETS", "Config", "L3", "clips", "correspondence", "cycle"]
-
-CYCLE = 0x6379636C  # stream of `trainers.draws`: "cycl"
+__all__ = ["L3", "PRESETS", "Config", "clips", "correspondence"]
 
 
 @dataclass(frozen=True)
@@ -64,18 +61,7 @@ class Config(PairConfig):
 PRESETS = {"paper": Config(), "tiny": Config(**{**TINY, "hidden": 128})}
 
 
-# ---- pairs and loss ----------------------------------------------------------------------------------------------
-
-
-def cycle(word_N: Tensor) -> Tensor:
-    """(N,) int64: for each clip the next one of a cycle through all, in the order of these random words.
-
-    A derangement for N > 1: every clip is somebody's partner once, and nobody's own. N = 1: itself.
-    """
-    order_N = word_N.argsort(stable=True)
-    partner_N = torch.empty_like(order_N)
-    partner_N[order_N] = order_N.roll(-1)
-    return partner_N
+# ---- loss --------------------------------------------------------------------------------------------------------
 
 
 def correspondence(logit_N: Tensor, true: bool) -> Tensor:
@@ -107,9 +93,7 @@ class L3(Pair):
         v_ND = gather_with_grad(present([self.video], video, both_B))
         a_ND = gather_with_grad(present([self.audio], audio, both_B))
         row_N, position_N = all_gather_rows(batch.row[both_B]), all_gather_rows(batch.position[both_B])
-        # the words hang on the place in the epoch's order, not on the rank
-        partner_N = cycle(draws.bits(draws.key(batch.seed, CYCLE, batch.epoch), [position_N], 1)[:, 0])
-        false_N = row_N[partner_N] != row_N
+        partner_N, false_N = false_partners(batch, position_N, row_N)
         yes_N = self.classifier(torch.cat([v_ND, a_ND], 1))[:, 0]
         no_N = self.classifier(torch.cat([v_ND, a_ND[partner_N]], 1))[:, 0]
         with torch.autocast(v_ND.device.type, enabled=False):

@@ -144,6 +144,30 @@ def _l3() -> MethodFile:
     return MethodFile(m.Config, m.PRESETS, m.L3, clips=m.clips)
 
 
+def _avts() -> MethodFile:
+    from trainers import avts as m
+
+    return MethodFile(m.Config, m.PRESETS, m.Avts, clips=m.clips)
+
+
+def _xdc() -> MethodFile:
+    from trainers import xdc as m
+
+    return MethodFile(m.Config, m.PRESETS, m.Xdc, clips=m.clips)
+
+
+def _cm_acc() -> MethodFile:
+    from trainers import cm_acc as m
+
+    return MethodFile(m.Config, m.PRESETS, m.CmAcc, clips=m.clips)
+
+
+def _published() -> MethodFile:
+    from trainers import published as p
+
+    return MethodFile(p.Config, p.PRESETS, p.Published)
+
+
 METHODS: dict[str, Method] = {
     "avid": Method(_avid, "Morgado et al. 2021", "instance discrimination across sight and sound"),
     "avid-softmax": Method(_avid_softmax, "audio-focused report, ch. 4", "AVID as a (K+1)-way softmax"),
@@ -161,12 +185,21 @@ METHODS: dict[str, Method] = {
     "barlow-twins": Method(_barlow_twins, "Zbontar et al. 2021", "dimensions that agree and do not repeat each other"),
     "iic": Method(_iic, "Tao et al. 2020", "contrast with other videos and with the own one without its time"),
     "l3": Method(_l3, "Arandjelovic, Zisserman 2017", "do this picture and this sound belong together?"),
+    "avts": Method(_avts, "Korbar et al. 2018", "in time or not: other videos first, then shifted sound", views=2),
+    "xdc": Method(_xdc, "Alwassel et al. 2020", "each modality learns the clusters of the other"),
+    "cm-acc": Method(_cm_acc, "Ma et al. 2021", "contrast with keys chosen for their gradients"),
     "supervised": Method(_supervised, "AVCL's baselines", "labels of the picture, the sound or both", labels=True),
 }
 
 
+# Networks that are used and never trained: `avstore convert` makes their runs. No `train --list` shows them.
+FROZEN: dict[str, Method] = {"published": Method(_published, "as the checkpoint says", "weights that others published")}
+
+
 def method(name: str) -> Method:
-    """The line of METHODS. UsageError with the closest names for an unknown one."""
+    """The line of METHODS (or FROZEN). UsageError with the closest names for an unknown one."""
+    if name in FROZEN:
+        return FROZEN[name]
     if name not in METHODS:
         raise UsageError(f"no method is called {name!r}", did_you_mean(name, METHODS), "avstore train --list")
     return METHODS[name]

@@ -24,7 +24,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from trainers.batch import Batch
 from trainers.distributed import global_means
@@ -67,9 +66,7 @@ def info_nce(query_BD: Tensor, key_BD: Tensor, queue_QD: Tensor, own_BQ: Tensor,
     """
     positive_B = (query_BD * key_BD).sum(1) / temperature
     noise_BQ = (query_BD @ queue_QD.T / temperature).masked_fill(own_BQ, -torch.inf)
-    return F.cross_entropy(
-        torch.cat([positive_B[:, None], noise_BQ], 1), own_BQ.new_zeros(len(own_BQ), dtype=torch.int64), reduction="none"
-    )
+    return torch.cat([positive_B[:, None], noise_BQ], 1).logsumexp(1) - positive_B
 
 
 # ---- the method --------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Momentum copies of networks: the same weights, a step behind, that no optimiser touches.
 
-    target = momentum_copy(net)               # a submodule of the method: checkpoints keep it, DDP and optimisers skip it
-    follow(target, net, 0.99)                 # after the optimiser's step: target <- .99 target + .01 net
+    target = momentum_copy(net)    # a submodule of the method: checkpoints keep it, DDP and optimisers skip it
+    follow(target, net, 0.99)      # after the optimiser's step: target <- .99 target + .01 net
 
 Only parameters follow. The batch statistics of a copy are those of its own passes, as in MoCo's and BYOL's code: both
 run it in train mode.

@@ -26,11 +26,12 @@ from avstore.views import RandomView
 from trainers import draws
 from trainers.backbones import AUDIO, VIDEO, audio_net, video_net
 from trainers.batch import Batch
-from trainers.encoders import Encoder, Pool, encode, has_local_batch_norm
+from trainers.encoders import Encoder, encode, has_local_batch_norm
 from trainers.needs import Needs
 from trainers.sound_image import sound_image
 from trainers.towers import at_least_float32, unit
 
+CYCLE = 0x6379636C  # stream of `trainers.draws`: "cycl"
 Metrics = dict[str, float | Tensor]
 
 
@@ -208,6 +209,26 @@ def predict(net: nn.Module, x_nD: Tensor) -> Tensor:
         return net(x_nD)
     nothing = torch.stack([p.sum() for p in net.parameters()]).sum() * 0
     return x_nD.new_zeros(0, int(net.dim)) + nothing  # type: ignore[arg-type]
+
+
+def cycle(word_N: Tensor) -> Tensor:
+    """(N,) int64: for each clip the next one of a cycle through all, in the order of these random words.
+
+    A derangement for N > 1: every clip is somebody's partner once, and nobody's own. N = 1: itself.
+    """
+    order_N = word_N.argsort(stable=True)
+    partner_N = torch.empty_like(order_N)
+    partner_N[order_N] = order_N.roll(-1)
+    return partner_N
+
+
+def false_partners(batch: Batch, position_N: Tensor, row_N: Tensor) -> tuple[Tensor, Tensor]:
+    """(partner, false): for each clip of the global batch another one, and whether that is of another video.
+
+    The words hang on the place in the epoch's order, so that pairs are the same on any number of ranks.
+    """
+    partner_N = cycle(draws.bits(draws.key(batch.seed, CYCLE, batch.epoch), [position_N], 1)[:, 0])
+    return partner_N, row_N[partner_N] != row_N
 
 
 def spread(x_nD: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ One class, whose sizes and normalisation each method states as its paper does. A
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Literal
 
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ class Projector(nn.Sequential):
         if norm not in NORMS:
             raise UsageError(f"no normalisation {norm!r} of a projector", did_you_mean(norm, NORMS))
         layers: list[nn.Module] = []
-        for n, (inputs, outputs) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+        for n, (inputs, outputs) in enumerate(pairwise(sizes)):
             last = n == len(sizes) - 2
             normed = norm == "all" or (norm == "hidden" and not last)
             layers.append(nn.Linear(inputs, outputs, bias=not normed))
