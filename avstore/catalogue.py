@@ -1,6 +1,7 @@
 """The catalogue of a store: which videos there are, their columns, and what the records say of them.
 
-Parsed from the plans and records into numpy columns at opening (240,000 videos: about half a second); nothing is
+Opening reads every plan and record, checks their digests, and parses what reading clips needs into numpy; all other
+fields stay text until they are asked for (`avstore.columns`). 240,000 videos take about half a second; nothing is
 cached on disk. It knows nothing of pixels; `avstore.store` cuts clips.
 """
 
@@ -10,15 +11,18 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from avstore.clip import Video
+from avstore.columns import Texts
 from avstore.durable import read_json
 from avstore.errors import ConflictError, CorruptError, NotFoundError, UsageError, did_you_mean
-from avstore.records import FIELDS, Plan, Record, read_plans, record_path
+from avstore.records import FIELDS, Plan, pending_text, read_plans, read_text, record_path
 from avstore.selection import Selection, close_column, select
 from avstore.spec import FORMAT, Spec
 
@@ -53,57 +57,82 @@ class Catalogue:
 
     def reload(self) -> None:
         """Reads the plans and records anew."""
+        self.__dict__.pop("paths", None)
         self.plans: list[Plan] = read_plans(self.path)
-        n = sum(len(p) for p in self.plans)
-        self.total = n  # all numbers ever planned
+        self.total = sum(len(p) for p in self.plans)  # all numbers ever planned
         self.tape_seconds = sum(p.shards for p in self.plans) * self.spec.shard_seconds
-        self.keys: list[str] = [k for p in self.plans for k in p.key]
-        self.paths: list[str] = [k for p in self.plans for k in p.path]
-        self.places = np.array([x for p in self.plans for x in p.place], np.int64)
-        self.slots = np.array([x for p in self.plans for x in p.seconds], np.int64)
-        self.columns: list[str] = sorted({c for p in self.plans for c in p.columns})
-        self.facts: dict[str, list[Any]] = {k: [v] * n for k, v in FIELDS.items()}
-        self.facts["status"] = ["pending"] * n
+        self.keys: list[str] = _joined([p.key for p in self.plans])
+        none = np.zeros(0, np.int64)
+        self.places = np.concatenate([none, *(p.integers("place") for p in self.plans)])
+        self.slots = np.concatenate([none, *(p.integers("seconds") for p in self.plans)])
+        self.columns: list[str] = sorted({c for p in self.plans for c in p.column_names})
+        self._columns: dict[str, list[Any]] = {}  # those that were asked for, by number
+        self._read_records()
+        self.current = self._latest()
+        self.frames = self.facts.integers("frames")
+        self.samples = self.facts.integers("samples")
+        self.sound = np.stack([self.facts.integers("sound_start"), self.facts.integers("sound_end")], 1)
+        self.has_picture = self.frames > 0
+        self.has_sound = self.sound[:, 1] > self.sound[:, 0]
+        self.boxes = self.facts.boxes("box", (0, 0, self.spec.height, self.spec.width))
+        self.ok = self.facts.flags("status", {"ok": True, "failed": False, "pending": False})
+        self.numbers = self.current[self.ok[self.current]]
+
+    def _latest(self) -> np.ndarray:
+        """The number that counts of each key: its latest that has a record, else its first."""
+        if len(set(self.keys)) == self.total:
+            return np.arange(self.total)
+        committed = np.repeat(self._committed, [t.count for p in self.plans for t in p.tasks])
+        latest: dict[str, int] = {}
+        for number, (key, is_there) in enumerate(zip(self.keys, committed.tolist(), strict=True)):
+            if is_there or key not in latest:
+                latest[key] = number
+        return np.sort(np.fromiter(latest.values(), np.int64, len(latest)))
+
+    def _read_records(self) -> None:
+        """Every record, as text: `facts`, `versions`, `pending_tasks`."""
+        tasks = [t for p in self.plans for t in p.tasks]
         self.versions: dict[str, set[str]] = {}
-        self.pending_tasks = 0
-        committed = {e.name for e in os.scandir(self.path / "commits")} if (self.path / "commits").is_dir() else set()
-        for plan in self.plans:
-            for task in plan.tasks:
-                file = record_path(self.path, task.number)
-                if file.name not in committed:
-                    self.pending_tasks += 1
-                    continue
-                record = Record.read(file)
-                if (
-                    record.task != task.number
-                    or record.fingerprint != self.fingerprint
-                    or len(record.fields["status"]) != task.count
-                ):
+        self._committed = np.zeros(len(tasks), bool)
+        parts: dict[str, list[bytes]] = {name: [] for name in FIELDS}
+        known: dict[bytes, dict[str, str]] = {}
+        pending: dict[int, dict[str, bytes]] = {}
+        folder = self.path / "commits"
+        there = {e.name for e in os.scandir(folder)} if folder.is_dir() else set()
+        for i, task in enumerate(tasks):
+            file = record_path(self.path, task.number)
+            if file.name not in there:
+                lists = pending.get(task.count)
+                if lists is None:
+                    lists = pending[task.count] = pending_text(task.count)
+            else:
+                record = read_text(file, task.count, known)
+                if (record.task, record.fingerprint, record.count) != (task.number, self.fingerprint, task.count):
                     raise CorruptError(
                         f"{file} does not belong to task {task.number} of this store",
                         "it was copied or changed",
                         "avstore verify STORE --repair",
                     )
-                for name, values in record.fields.items():
-                    self.facts[name][task.first : task.first + task.count] = values
-                for k, v in record.versions.items():
-                    self.versions.setdefault(k, set()).add(v)
-        status = np.array(self.facts["status"], dtype=object)
-        latest: dict[str, int] = {}
-        for number, key in enumerate(self.keys):
-            if status[number] != "pending" or key not in latest:
-                latest[key] = number
-        self.current = np.array(sorted(latest.values()), np.int64)
-        self.frames = np.array(self.facts["frames"], np.int64)
-        self.samples = np.array(self.facts["samples"], np.int64)
-        self.sound = np.array([self.facts["sound_start"], self.facts["sound_end"]], np.int64).reshape(2, n).T
-        self.has_picture = self.frames > 0
-        self.has_sound = self.sound[:, 1] > self.sound[:, 0]
-        self.boxes = np.array(
-            [b or (0, 0, self.spec.height, self.spec.width) for b in self.facts["box"]], np.int64
-        ).reshape(n, 4)
-        self.ok = (status == "ok").astype(bool)
-        self.numbers = self.current[self.ok[self.current]] if n else np.zeros(0, np.int64)
+                self._committed[i] = True
+                lists = record.lists
+                if record.versions is not known.get(b""):
+                    known[b""] = record.versions  # the same as before, as a rule
+                    for k, v in record.versions.items():
+                        self.versions.setdefault(k, set()).add(v)
+            for name, texts in parts.items():
+                texts.append(lists[name])
+        self.pending_tasks = int((~self._committed).sum())
+
+        def wrong(task: int, why: str) -> CorruptError:
+            file = record_path(self.path, tasks[task].number)
+            return CorruptError(f"{file} is damaged", why, "avstore verify --repair makes the task again")
+
+        self.facts = Texts([t.count for t in tasks], parts, wrong)
+
+    @cached_property
+    def paths(self) -> list[str]:
+        """The file of each number."""
+        return _joined([p.path for p in self.plans])
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -115,11 +144,11 @@ class Catalogue:
         number = self._number(number)
         plan = self._plan(number)
         i = number - plan.first_video
-        facts = {k: v[number] for k, v in self.facts.items()}
+        facts = self.facts.row(number)
         return Video(
             number=number,
             key=self.keys[number],
-            path=self.paths[number],
+            path=plan.path[i],
             status=facts["status"],
             reason=facts["reason"],
             message=facts["message"],
@@ -132,7 +161,7 @@ class Catalogue:
             samples=int(self.samples[number]),
             has_picture=bool(self.has_picture[number]),
             has_sound=bool(self.has_sound[number]),
-            columns={c: v[i] for c, v in plan.columns.items()},
+            columns={c: self._column(c)[number] for c in plan.column_names},
             facts=facts,
             clock=self.spec.clock,
         )
@@ -168,9 +197,10 @@ class Catalogue:
     def find(self, keys: Iterable[str]) -> np.ndarray:
         """Numbers, int64, of the current videos with these keys; a key without suffix, segment or folders serves where
         it is unique. NotFoundError names the first that is not there."""
-        exact = {self.keys[int(n)]: int(n) for n in self.current}
+        exact = dict(zip(map(self.keys.__getitem__, self.current.tolist()), self.current.tolist(), strict=True))
+        keys = [str(key) for key in keys]
         short: dict[str, set[int]] = {}
-        for key, number in exact.items():
+        for key, number in exact.items() if any(key not in exact for key in keys) else ():
             file, segment = SEGMENT.fullmatch(key).groups()  # type: ignore[union-attr]  # it matches any text
             stem = file.rsplit(".", 1)[0] if "." in file.rsplit("/", 1)[-1] else file
             names = {file, stem, file.rsplit("/", 1)[-1], stem.rsplit("/", 1)[-1]}
@@ -178,7 +208,6 @@ class Catalogue:
                 short.setdefault(name, set()).add(number)
         out = []
         for key in keys:
-            key = str(key)
             if key in exact:
                 out.append(exact[key])
             elif len(short.get(key, ())) == 1:
@@ -195,20 +224,31 @@ class Catalogue:
     def column(self, name: str, numbers: np.ndarray | Sequence[int] | None = None) -> list[Any]:
         """Values of a column (from folder names or lists, any field of the records, number, key, ...) for `numbers`
         (default: the ok videos); None where a plan lacks it. NotFoundError for an unknown name."""
-        numbers = self.numbers if numbers is None else numbers
+        chosen = np.asarray(self.numbers if numbers is None else numbers, np.int64)
         if name in self.columns:
-            out = []
-            for n in numbers:
-                plan = self._plan(int(n))
-                out.append(plan.columns[name][int(n) - plan.first_video] if name in plan.columns else None)
-            return out
-        if name == "seconds":
-            return [float(self.seconds(int(n))) for n in numbers]
-        if name in self.facts:
-            return [self.facts[name][int(n)] for n in numbers]
-        if name in INTRINSIC:
-            return [getattr(self[int(n)], name) for n in numbers]
-        raise close_column(name, [*self.columns, *FIELDS, *INTRINSIC])
+            values = self._column(name)
+        elif name == "seconds":
+            seen = self.has_picture[chosen]
+            rate = np.where(seen, self.spec.fps, self.spec.sample_rate)
+            return (np.where(seen, self.frames[chosen], self.samples[chosen]) / rate).tolist()
+        elif name in self.facts:
+            values = self.facts[name]
+        elif name in ("number", "place", "slot_seconds", "has_sound", "has_picture"):
+            arrays = {"place": self.places, "slot_seconds": self.slots, "has_sound": self.has_sound,
+                      "has_picture": self.has_picture}  # fmt: skip
+            return (arrays[name][chosen] if name in arrays else chosen).tolist()
+        elif name in ("key", "path", "start", "end"):
+            values = self.keys if name == "key" else _joined([getattr(p, name) for p in self.plans])
+        else:
+            raise close_column(name, [*self.columns, *FIELDS, *INTRINSIC])
+        return [values[n] for n in chosen.tolist()]
+
+    def _column(self, name: str) -> list[Any]:
+        """A column of the plans by number; None where a plan lacks it."""
+        if name not in self._columns:
+            have = [p.column(name) if name in p.column_names else [None] * len(p) for p in self.plans]
+            self._columns[name] = _joined(have)
+        return self._columns[name]
 
     def select(self, **how: Any) -> Selection:
         """A selection of ok videos, see `avstore.selection.select`."""
@@ -235,6 +275,10 @@ class Catalogue:
             "videos": len(self),
             "planned": self.total,
         }
+
+
+def _joined(lists: list[list[Any]]) -> list[Any]:
+    return lists[0] if len(lists) == 1 else list(chain.from_iterable(lists))
 
 
 def read_attributes(path: Path) -> dict[str, Any]:

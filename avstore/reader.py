@@ -300,16 +300,10 @@ class Filler:
         return out
 
     def _pairs(self, step: int, stop: int) -> tuple[int, list[int], list[np.ndarray], list[np.ndarray]]:
-        """(epoch, first position, rows, draws) of each step: where this process has whole batches, in one call."""
-        order = self.job.order
-        epoch, index = order.locate(step)
-        if order.world > 1:
-            batches = [order.at(s) for s in range(step, stop)]
-            return epoch, [b.first for b in batches], [b.rows for b in batches], [b.draws for b in batches]
-        start = index * order.batch_size
-        rows, pair_draws = order.pairs(epoch, start, min(start + (stop - step) * order.batch_size, order.length))
-        cuts = [k * order.batch_size for k in range(1, stop - step)]
-        return epoch, [start, *(start + c for c in cuts)], np.split(rows, cuts), np.split(pair_draws, cuts)
+        """(epoch, and of each step: first position, rows, draws)."""
+        epoch, index = self.job.order.locate(step)
+        batches = self.job.order.run(epoch, index, index + stop - step)
+        return epoch, [b.first for b in batches], [b.rows for b in batches], [b.draws for b in batches]
 
     def _native(self, rows: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Local rows (C, T) of consecutive distinct source frames, from the one shown at each start; earlier where a

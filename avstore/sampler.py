@@ -89,18 +89,40 @@ class _Batches:
             )
 
     def pairs(self, epoch: int, start: int, stop: int) -> tuple[Indices, Indices]:
+        """Positions start .. stop-1 of an epoch -> (rows, draws), int64 each. Does not depend on world or rank.
+        UsageError outside 0 .. length."""
+        if not 0 <= start <= stop <= self.length:
+            raise UsageError(f"positions {start} to {stop} of an epoch of {self.length} clips", "out of range")
+        return self._at(epoch, np.arange(start, stop, dtype=np.int64))
+
+    def _at(self, epoch: int, positions: Indices) -> tuple[Indices, Indices]:
         raise NotImplementedError
 
     def batch(self, epoch: int, index: int) -> Batch:
         """This rank's slice of global batch `index`. Slices are consecutive and differ by at most one clip; only a
         short last batch may leave a rank with none. Raises UsageError outside 0 .. batches-1."""
-        if not 0 <= index < self.batches or epoch < 0:
-            raise UsageError(f"no batch {index} in epoch {epoch}", f"an epoch has batches 0 to {self.batches - 1}")
-        start = index * self.batch_size
-        total = min(self.batch_size, self.length - start)
-        first = start + self.rank * total // self.world
-        rows, draws = self.pairs(epoch, first, start + (self.rank + 1) * total // self.world)
-        return Batch(epoch, index, rows, draws, first, total)
+        return self.run(epoch, index, index + 1)[0]
+
+    def run(self, epoch: int, first: int, last: int) -> list[Batch]:
+        """`batch` for the global batches first .. last-1 of one epoch, in one call: NumPy's cost is paid once."""
+        if not 0 <= first < last <= self.batches or epoch < 0:
+            raise UsageError(
+                f"no batch {first if first < 0 or last <= first else last - 1} in epoch {epoch}",
+                f"an epoch has batches 0 to {self.batches - 1}",
+            )
+        starts = np.arange(first, last, dtype=np.int64) * self.batch_size
+        totals = np.minimum(self.batch_size, self.length - starts)
+        begins = starts + self.rank * totals // self.world
+        counts = starts + (self.rank + 1) * totals // self.world - begins
+        ends = np.cumsum(counts)
+        if self.world == 1:  # without gaps
+            rows, draws = self.pairs(epoch, int(begins[0]), int(begins[0] + ends[-1]))
+        else:
+            within = np.arange(int(ends[-1]), dtype=np.int64) - np.repeat(ends - counts, counts)
+            rows, draws = self._at(epoch, np.repeat(begins, counts) + within)
+        each = zip(begins.tolist(), totals.tolist(), (ends - counts).tolist(), ends.tolist(), strict=True)
+        return [Batch(epoch, first + i, rows[a:b], draws[a:b], begin, total)
+                for i, (begin, total, a, b) in enumerate(each)]  # fmt: skip
 
     def locate(self, step: int) -> tuple[int, int]:
         """Global step (counted over all epochs) -> (epoch, batch in it). This counter is all a checkpoint needs."""
@@ -144,11 +166,7 @@ class Order(_Batches):
             )
         self.seed, self.distinct = seed, distinct
 
-    def pairs(self, epoch: int, start: int, stop: int) -> tuple[Indices, Indices]:
-        """Positions start .. stop-1 of an epoch -> (rows, draws), int64 each. Does not depend on world or rank."""
-        if not 0 <= start <= stop <= self.length:
-            raise UsageError(f"positions {start} to {stop} of an epoch of {self.length} clips", "out of range")
-        positions = np.arange(start, stop, dtype=np.int64)
+    def _at(self, epoch: int, positions: Indices) -> tuple[Indices, Indices]:
         if not self.distinct:
             keys = _draws.bits(self.seed, "order", epoch, 0, 0, _ROUNDS)
             rows, draws = np.divmod(permutation(keys, self.length, positions), self.draws)
@@ -187,9 +205,6 @@ class SequentialOrder(_Batches):
     def __init__(self, n_videos: int, draws: int = 1, *, batch_size: int, world: int = 1, rank: int = 0) -> None:
         super().__init__(n_videos, draws, batch_size, False, world, rank)
 
-    def pairs(self, epoch: int, start: int, stop: int) -> tuple[Indices, Indices]:
-        """Positions start .. stop-1 -> (rows, draws), int64 each."""
-        if not 0 <= start <= stop <= self.length:
-            raise UsageError(f"positions {start} to {stop} of {self.length} clips", "out of range")
-        rows, draws = np.divmod(np.arange(start, stop, dtype=np.int64), self.draws)
+    def _at(self, epoch: int, positions: Indices) -> tuple[Indices, Indices]:
+        rows, draws = np.divmod(positions, self.draws)
         return rows, draws

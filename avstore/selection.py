@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,11 +36,21 @@ class Selection:
 
     def rows(self, numbers: Iterable[int]) -> np.ndarray:
         """The row of each video number in this selection, int64; NotFoundError for one that is not in it."""
-        where = {int(n): i for i, n in enumerate(self.numbers)}
-        try:
-            return np.array([where[int(n)] for n in numbers], np.int64)
-        except KeyError as e:
-            raise NotFoundError(f"video {e.args[0]} is not in this selection", self.description) from e
+        wanted = np.asarray(numbers if isinstance(numbers, np.ndarray) else [*numbers], np.int64)
+        if not len(wanted):
+            return np.zeros(0, np.int64)
+        by_number, ordered = self._by_number
+        at = np.minimum(np.searchsorted(ordered, wanted), len(ordered) - 1)
+        strange = np.flatnonzero(ordered[at] != wanted) if len(ordered) else np.zeros(1, np.int64)
+        if len(strange):
+            raise NotFoundError(f"video {int(wanted[strange[0]])} is not in this selection", self.description)
+        return by_number[at]
+
+    @cached_property
+    def _by_number(self) -> tuple[np.ndarray, np.ndarray]:
+        """Rows in the order of their numbers, and the numbers in that order."""
+        rows = np.argsort(self.numbers, kind="stable")
+        return rows, self.numbers[rows]
 
 
 def parse_where(store: Catalogue, conditions: Sequence[str]) -> list[tuple[str, bool, set[str]]]:
@@ -98,7 +109,8 @@ def select(
         said.append(f"list {Path(list).name if isinstance(list, str | Path) else 'of keys'}")
     if not held_out and "split" in store.columns:
         splits = store.column("split", numbers)
-        keep = np.array([str(s).lower() not in HELD_OUT for s in splits], bool)
+        out = {s: str(s).lower() in HELD_OUT for s in set(splits)}
+        keep = np.array([not out[s] for s in splits], bool)
         if len(keep) and not keep.all():
             said.append(f"without {int((~keep).sum())} held-out videos (split test/val)")
         numbers = numbers[keep]
@@ -108,8 +120,7 @@ def select(
             if not keep.all():
                 said.append(f"without {int((~keep).sum())} videos that have no {name}")
             numbers = numbers[keep]
-    keys = [store.key(int(n)) for n in numbers]
-    numbers = numbers[np.argsort(np.array(keys, dtype=object), kind="stable")] if len(numbers) else numbers
+    numbers = np.array(sorted(numbers.tolist(), key=store.keys.__getitem__), np.int64)
     if subset is not None:
         if not 0 < subset <= len(numbers):
             raise UsageError(
@@ -132,10 +143,16 @@ def select(
             "; ".join(said) or "the store has no ok videos",
             f"splits here: {', '.join(splits)}" if splits else "avstore ls STORE shows what there is",
         )
-    digest = hashlib.sha256()
-    for n in numbers.tolist():
-        digest.update(f"{n}:{store.key(n)}\n".encode("utf-8", "surrogateescape"))
-    return Selection(numbers, digest.hexdigest()[:16], "; ".join(said) or "all videos")
+    return Selection(numbers, digest_of(store, numbers), "; ".join(said) or "all videos")
+
+
+def digest_of(store: Catalogue, numbers: np.ndarray) -> str:
+    """16 hex digits over numbers and keys, in this order: what `Selection.digest` is."""
+    digest, step = hashlib.sha256(), 1 << 14
+    for first in range(0, len(numbers), step):
+        lines = [f"{n}:{store.keys[n]}\n" for n in numbers[first : first + step].tolist()]
+        digest.update("".join(lines).encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()[:16]
 
 
 def close_column(column: str, columns: Iterable[str]) -> NotFoundError:

@@ -1,6 +1,7 @@
 """avstore.sampler: each pair once, one order for any number of processes, distinct batches, resume by a counter."""
 
 import itertools
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -147,3 +148,64 @@ def test_misuse_is_refused():
     for call in (lambda: order.batch(0, 3), lambda: order.at(-1), lambda: order.pairs(0, 5, 11)):
         with pytest.raises(UsageError):
             call()
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    n=st.integers(1, 90), k=st.integers(1, 4), per=st.integers(1, 6), world=st.sampled_from([1, 2, 4, 8]),
+    seed=st.integers(0, 99), epoch=st.integers(0, 3), distinct=st.booleans(), data=st.data(),
+)  # fmt: skip
+def test_a_run_of_batches_is_those_batches(n, k, per, world, seed, epoch, distinct, data):
+    batch = per * world
+    n = max(n, batch) if distinct else n
+    for rank in {0, world - 1}:
+        order = Order(n, k, seed=seed, batch_size=batch, world=world, rank=rank, distinct=distinct)
+        first = data.draw(st.integers(0, order.batches - 1))
+        last = data.draw(st.integers(first + 1, order.batches))
+        for b, one in zip(order.run(epoch, first, last), range(first, last), strict=True):
+            start = one * batch
+            total = min(batch, order.length - start)
+            cut = [start + r * total // world for r in (rank, rank + 1)]
+            rows, which = order.pairs(epoch, *cut)
+            assert (b.epoch, b.index, b.first, b.total) == (epoch, one, cut[0], total)
+            assert b.rows.tolist() == rows.tolist() and b.draws.tolist() == which.tolist()
+    for wrong in ((0, 0), (-1, 1), (0, order.batches + 1)):
+        with pytest.raises(UsageError, match="no batch"):
+            order.run(epoch, *wrong)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    n=st.integers(8, 200), k=st.integers(1, 4), seed=st.integers(0, 99), epoch=st.integers(0, 3),
+    worlds=st.tuples(st.sampled_from([1, 2, 4, 8]), st.sampled_from([1, 2, 4, 8])), distinct=st.booleans(),
+    data=st.data(),
+)  # fmt: skip
+def test_the_remainder_is_the_same_after_a_changed_world_at_any_step(n, k, seed, epoch, worlds, distinct, data):
+    def whole(world, steps):
+        orders = [Order(n, k, seed=seed, batch_size=8, world=world, rank=r, distinct=distinct) for r in range(world)]
+        return [[p for o in orders for p in zip(o.at(s).rows.tolist(), o.at(s).draws.tolist(), strict=True)]
+                for s in steps]  # fmt: skip
+
+    batches = Order(n, k, seed=seed, batch_size=8, distinct=distinct).batches
+    start = epoch * batches
+    stop = data.draw(st.integers(start, start + batches))
+    told = whole(worlds[0], range(start, stop)) + whole(worlds[1], range(stop, start + batches))
+    assert told == whole(1, range(start, start + batches))
+    assert sorted(p for b in told for p in b) == [(v, d) for v in range(n) for d in range(k)]
+    if distinct:
+        assert all(len({v for v, _ in b}) == len(b) for b in told)
+
+
+@pytest.mark.parametrize("world", [1, 8])
+@pytest.mark.parametrize("distinct", [False, True])
+def test_an_epoch_of_a_hundred_million_pairs_takes_no_memory(world, distinct):
+    order = Order(10**8, 3, seed=1, batch_size=256, world=world, rank=world - 1, distinct=distinct)
+    order.at(0)
+    tracemalloc.start()
+    try:
+        seen = [order.at(s) for s in (0, 12345, order.batches - 1, order.batches + 7)]
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 2**20 and all(len(b.rows) == 256 // world for b in seen[:2])
+    assert len({v for b in seen for v in b.rows.tolist()}) > 3 * 256 // world - 5  # no row again and again
