@@ -1,0 +1,183 @@
+"""Summaries of sets: the real annotations of SumMe and TVSum, splits, controls, and a summariser that learns."""
+
+import json
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from avstore.errors import ConflictError, CorruptError, NotFoundError, UsageError
+from benchmarks import dr_dsn
+from benchmarks.annotations import Annotated, Annotations, read
+from benchmarks.summarize import (
+    people,
+    random_splits,
+    read_splits,
+    score_of,
+    summarize,
+    uniform_summary,
+)
+from benchmarks.summary import agreement
+
+
+def toy(videos: int = 6, n: int = 600) -> Annotations:
+    """Videos whose people all want the same fifth of the frames, more or less."""
+    out = {}
+    rng = np.random.default_rng(0)
+    for k in range(videos):
+        start = 60 * int(rng.integers(0, 8))
+        scores = np.zeros((4, n), np.float32)
+        scores[:, start : start + 80] = 1
+        scores[1:, start : start + 80] *= rng.random((3, 80)) > 0.2
+        segments = np.stack([np.arange(0, n, 20), np.arange(0, n, 20) + 19], 1)
+        out[f"video_{k}"] = Annotated(f"v{k}", n, scores > 0, scores, segments, np.arange(0, n, 15))
+    return Annotations("toy", "mean", out)
+
+
+def test_summe_as_published(shared):
+    summe = read(shared / "vsum" / "SumMe")
+    assert len(summe.videos) == 25 and summe.measure == "best"
+    air = summe.videos["Air_Force_One"]
+    assert air.n_frames == 4494 and air.people.shape == (15, 4494)
+    for video in summe.videos.values():
+        assert 15 <= len(video.people) <= 18
+        assert video.people.mean(1).min() > 0.03 and video.people.mean(1).max() < 0.16  # people were asked for 5-15 %
+        assert video.segments[0, 0] == 0 and video.segments[-1, 1] == video.n_frames - 1
+        assert (video.segments[1:, 0] == video.segments[:-1, 1] + 1).all()
+        assert video.machine is not None and 0.1 < video.machine.mean() <= 0.1501
+    # the machine's summary: F of each video is what the formula gives by hand on the first
+    machine = air.machine
+    by_hand = [2 * (machine & p).sum() / (machine.sum() + p.sum()) for p in air.people]
+    got = agreement(machine, air.people)
+    assert got.best == pytest.approx(max(by_hand)) and got.mean == pytest.approx(np.mean(by_hand))
+
+
+def test_people_agree_on_tvsum_as_published(shared):
+    """Otani et al. (CVPR 2019, Table 2) print tau .177 and rho .204 for people; here on a third of the videos."""
+    tvsum = read(shared / "vsum" / "TVSum")
+    assert len(tvsum.videos) == 50 and tvsum.measure == "mean"
+    some = [tvsum.videos[n] for n in sorted(tvsum.videos)[::8]]
+    for video in some:
+        assert video.scores.shape == (20, video.n_frames)
+        assert set(np.unique(video.scores)) <= {1, 2, 3, 4, 5}
+        assert video.people.mean(1).max() <= 0.15
+    got = np.mean([people(v, "mean") for v in some], 0)
+    assert 0.45 < got[0] < 0.62
+    assert 0.13 < got[1] < 0.23 and 0.15 < got[2] < 0.26
+
+
+@pytest.mark.slow
+def test_people_agree_on_all_of_tvsum(shared):
+    tvsum = read(shared / "vsum" / "TVSum")
+    f, tau, rho = np.mean([people(v, "mean") for v in tvsum.videos.values()], 0)
+    assert (round(float(tau), 3), round(float(rho), 3)) == (0.177, 0.204)
+    assert 0.5 < f < 0.6
+
+
+def test_published_split_files_are_read(shared):
+    names = [f"video_{i}" for i in range(1, 26)]
+    for file in ("PGL-SUM", "VASNet"):
+        splits = read_splits(shared / "vsum" / "splits" / file / "summe_splits.json", names)
+        assert len(splits) == 5 and all(len(s.test) == 5 and len(s.train) == 20 for s in splits)
+        assert all(not set(s.train) & set(s.test) for s in splits)
+    with pytest.raises(ConflictError, match="not among the annotations"):
+        read_splits(shared / "vsum" / "splits" / "PGL-SUM" / "tvsum_splits.json", names)
+
+
+def test_random_splits_are_a_function_of_the_seed():
+    names = [f"v{i}" for i in range(25)]
+    splits = random_splits(names, 5, seed=3)
+    assert splits == random_splits(names[::-1], 5, seed=3) != random_splits(names, 5, seed=4)
+    for s in splits:
+        assert len(s.train) == 20 and len(s.test) == 5
+        assert sorted(s.train + s.test) == sorted(names)
+    assert len({s.test for s in splits}) == 5
+
+
+def test_uniform_blocks_fit():
+    for n in (10, 399, 400, 4494):
+        got = uniform_summary(n)
+        assert got.sum() <= 0.15 * n
+    got = uniform_summary(1200)
+    assert got.sum() == 180 and np.diff(np.flatnonzero(np.diff(got.astype(int)) == 1)).tolist() == [400, 400]
+
+
+def test_true_scores_beat_random_ones_and_people_are_near():
+    toys = toy()
+    video = toys.videos["video_0"]
+    best = score_of(video, video.scores[0][video.picks], "mean")
+    worst = score_of(video, 1 - video.scores[0][video.picks], "mean")
+    assert best[0] > 0.8 and best[1] > 0.7
+    assert worst[0] < 0.1 and worst[1] < 0
+    assert people(video, "best")[0] > 0.85
+
+
+def test_the_table_has_its_controls_and_refuses_what_does_not_fit():
+    toys = toy()
+    rng = np.random.default_rng(0)
+    given = {n: rng.normal(size=(40, 8)) for n in toys.videos}
+    config = dr_dsn.Config(hidden=4, episodes=1, epochs=1)
+    seen = []
+    table = summarize(toys, {"noise": given}, seeds=2, random_draws=2, config=config,
+                      progress=lambda *a: seen.append(a))  # fmt: skip
+    rows = {r["scores"]: r for r in table.rows}
+    assert list(rows) == ["DR-DSN on noise", "random (2 draws)", "uniform", "people, each against the others"]
+    assert rows["DR-DSN on noise"]["of"] == 10 and len(rows["DR-DSN on noise"]["F of splits"]) == 5
+    assert rows["people, each against the others"]["F"] > 0.8 > rows["random (2 draws)"]["F"] + 0.3
+    assert seen[-1][1] == seen[-1][2] == 13
+    json.dumps(table.to_json())
+    with pytest.raises(UsageError, match="features of video_"):
+        summarize(toys, {"noise": {n: x[:39] for n, x in given.items()}})
+
+
+def test_rewards_by_hand():
+    x = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
+    chosen = torch.tensor([True, True, False])
+    assert float(dr_dsn.diversity(x, chosen)) == 1.0  # orthogonal
+    assert float(dr_dsn.diversity(x, torch.tensor([True, False, True]))) == 0.0  # equal
+    assert float(dr_dsn.diversity(x, torch.tensor([True, False, True]), far=1)) == 1.0  # equal, but far apart
+    assert float(dr_dsn.diversity(x, torch.tensor([True, False, False]))) == 0.0
+    # the three frames lie 0, sqrt(2), 0 from frame 0: exp(-2 / 3)
+    assert float(dr_dsn.representativeness(x, torch.tensor([True, False, False]))) == pytest.approx(np.exp(-2 / 3))
+    assert float(dr_dsn.representativeness(x, chosen)) == 1.0
+    assert float(dr_dsn.reward(x, chosen)) == 1.0
+    assert float(dr_dsn.reward(x, torch.zeros(3, dtype=torch.bool))) == 0.0
+
+
+def test_a_summariser_raises_its_reward_and_repeats_itself():
+    rng = np.random.default_rng(0)
+    scenes = rng.normal(size=(4, 6))
+    given = {f"v{k}": (scenes[np.repeat([0, 1, 2, 3], 8)] + 0.05 * rng.normal(size=(32, 6))) for k in range(3)}
+    config = dr_dsn.Config(hidden=16, epochs=40, learning_rate=1e-2, decay_epoch=40)
+    net, history = dr_dsn.train(given, config)
+    first, last = (np.mean([h["reward"] for h in part]) for part in (history[:5], history[-5:]))
+    assert last > first
+    again, _ = dr_dsn.train(given, config)
+    got = dr_dsn.scores(net, given["v0"])
+    assert got.shape == (32,) and ((got > 0) & (got < 1)).all()
+    assert (got == dr_dsn.scores(again, given["v0"])).all()
+    other, _ = dr_dsn.train(given, dr_dsn.Config(hidden=16, epochs=2, seed=1))
+    assert not np.allclose(got, dr_dsn.scores(other, given["v0"]))
+
+
+def test_the_shared_layout_is_read_and_what_is_not_it_is_named(tmp_path):
+    file = tmp_path / "eccv16_toy.h5"
+    with h5py.File(file, "w") as f:
+        g = f.create_group("video_1")
+        g["features"] = np.ones((3, 4), np.float32)
+        g["picks"], g["n_frames"] = np.array([0, 15, 30]), 40
+        g["change_points"] = np.array([[0, 19], [20, 39]])
+        g["user_summary"] = np.eye(2, 40, dtype=np.float32)
+        g["video_name"] = "Air_Force_One"
+    got = read(file)
+    video = got.videos["video_1"]
+    assert video.name == "Air_Force_One" and video.features.shape == (3, 4) and video.people.sum() == 2
+    bad = tmp_path / "bad.h5"
+    bad.write_bytes(b"not hdf5")
+    with pytest.raises(CorruptError, match="eccv16"):
+        read(bad)
+    with pytest.raises(NotFoundError):
+        read(tmp_path / "nowhere")
+    with pytest.raises(UsageError, match="no annotations"):
+        read(tmp_path)
