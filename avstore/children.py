@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ class Job:
     slot: int = 0
     start: str | None = None
     end: str | None = None
+    device: bool = True  # may be decoded on the device, where the pool has one
 
     @property
     def wall_seconds(self) -> float:
@@ -76,7 +77,7 @@ class Died(Exception):
 class Child:
     """One child process. Not for use by several threads at once."""
 
-    def __init__(self, spec: Spec) -> None:
+    def __init__(self, spec: Spec, decode: str = "pyav") -> None:
         self.jobs = 0
         package = str(Path(__file__).resolve().parent.parent)
         inherited = os.environ.get("PYTHONPATH")
@@ -102,7 +103,7 @@ class Child:
                 with contextlib.suppress(OSError):
                     fcntl.fcntl(self.process.stdout, fcntl.F_SETPIPE_SZ, 1 << 20)
             try:
-                self._send({"spec": spec.to_json()})
+                self._send({"spec": spec.to_json(), "decode": decode})
                 self.versions: dict[str, str] = self._receive(time.monotonic() + START)[0]["versions"]
             except Died as e:
                 self.end()
@@ -186,8 +187,10 @@ class Pool:
     `on_death(job, reason, message)` is told of every child that dies, from the thread that saw it.
     """
 
-    def __init__(self, workers: int, spec: Spec, budget: int = BUDGET, on_death: Any = None) -> None:
-        self.workers, self.spec, self.budget, self.on_death = workers, spec, budget, on_death
+    def __init__(
+        self, workers: int, spec: Spec, budget: int = BUDGET, on_death: Any = None, decode: str = "pyav"
+    ) -> None:
+        self.workers, self.spec, self.budget, self.on_death, self.decode = workers, spec, budget, on_death, decode
         self.versions: dict[str, str] = {}
         self.changed = threading.Condition()
         self.jobs: Iterator[Job] | None = None
@@ -309,7 +312,8 @@ class Pool:
                 if child is None:
                     child = self._start()
                 try:
-                    return child.do(job), child
+                    # whoever died with a file on the device gets another chance without it
+                    return child.do(replace(job, device=not attempt)), child
                 except Died as e:
                     died = e
                 self._end(child)
@@ -323,7 +327,7 @@ class Pool:
         """A new child; tried again where one is killed while it starts, for that is nobody's fault yet."""
         for attempt in range(3):
             try:
-                child = Child(self.spec)
+                child = Child(self.spec) if self.decode == "pyav" else Child(self.spec, self.decode)
                 break
             except OSError as e:
                 raise MachineError("cannot start a decoding child", e.strerror or str(e), "use fewer --workers") from e

@@ -29,6 +29,7 @@ class Crew:
 
     `spools`: the folder for videos that are too large to hand over in memory. `on_death(path, kind, reason, message)`
     is told of each child that dies, from another thread. `stop`: set it and `results` raises `interrupted()`.
+    `decode`: who decodes pictures, "pyav" or one of `dali.KINDS`.
     """
 
     def __init__(
@@ -41,8 +42,9 @@ class Crew:
         stop: threading.Event | None = None,
         on_death: Callable[[str, str, str, str], None] | None = None,
         interrupted: Callable[[], InterruptedRun] | None = None,
+        decode: str = "pyav",
     ) -> None:
-        self.folder, self.spec, self.spools = folder, spec, spools
+        self.folder, self.spec, self.spools, self.decoder = folder, spec, spools, decode
         self.workers = workers or cpus()
         self.stop = stop or threading.Event()
         self.on_death = on_death
@@ -92,7 +94,7 @@ class Crew:
         if self.pool is not None and self.pool.workers < workers:
             self.close()
         if self.pool is None:
-            self.pool = Pool(workers, self.spec, on_death=self._died)
+            self.pool = Pool(workers, self.spec, on_death=self._died, decode=self.decoder)
 
         def results(pool: Pool) -> Generator[Result]:
             running: Iterator[Result] = pool.run(jobs, self.stop)
@@ -108,7 +110,7 @@ class Crew:
     def versions(self) -> dict[str, str]:
         """Versions of everything that shapes the bytes."""
         if self.pool is None:
-            self.pool = Pool(1, self.spec, on_death=self._died)
+            self.pool = Pool(1, self.spec, on_death=self._died, decode=self.decoder)
         return self.pool.hello()
 
     def failure(self, header: dict[str, Any], path: str) -> tuple[str, str | None]:

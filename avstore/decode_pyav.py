@@ -144,7 +144,7 @@ class Job:
             if video.codec_context is None:
                 raise DecodeFailed("unsupported", "no decoder for its pictures")
             packed = format_name(self.container) == "avi" and "mpeg4" in video.codec_context.name
-            self.pictures = Pictures(video, spec, self.sink, self.start, self.length, self.slot, packed)
+            self.pictures = self.make_pictures(video, packed)
             check_size(video.codec_context.width, video.codec_context.height, spec)
         if audio is not None and audio.codec_context is None:
             if video is None:
@@ -157,6 +157,10 @@ class Job:
         if self.pictures is not None and not self._tally(video).count and not self.broken and audio is not None:
             self.pictures = None  # a track without a single picture
         return self._with_pictures(self.pictures) if self.pictures is not None else self._sound_only()
+
+    def make_pictures(self, video: Any, packed: bool) -> Pictures:
+        """What takes the decoded frames; another decoder of pictures puts its own here."""
+        return Pictures(video, self.spec, self.sink, self.start, self.length, self.slot, packed)
 
     def _tally(self, stream: Any) -> Tally:
         return self.tallies.setdefault(stream.index, Tally())

@@ -80,7 +80,15 @@ class TaskDone:
     left: int
 
 
-Event = Listed | Waiting | Probed | Planned | Started | VideoDone | ChildDied | TaskDone
+@dataclass(frozen=True)
+class Decoding:
+    """Who decodes pictures, and why, where that was not simply asked for."""
+
+    decoder: str
+    why: str
+
+
+Event = Decoding | Listed | Waiting | Probed | Planned | Started | VideoDone | ChildDied | TaskDone
 
 
 @dataclass

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from avstore import events, groups, planning
+from avstore import dali, events, groups, planning
 from avstore.children import Result
 from avstore.crew import Crew
 from avstore.durable import machine_errors
@@ -49,6 +49,7 @@ def ingest(
     moved: bool = False,
     on_event: Callable[[Event], None] | None = None,
     stop: threading.Event | None = None,
+    decode: str = "pyav",
     **options: Any,
 ) -> Summary:
     """Ingests `source`, a folder, one file or a list, into `store` (default: `<name of source>.zarr` in the current
@@ -61,6 +62,8 @@ def ingest(
     that is there, those that are given must agree with it. `workers`: decoding children, default one per CPU.
     `shard` = (i, n): only tasks with number % n == i, beside others that do the rest. `retry_failed`: plan failed
     files anew; `changed`: also files whose size has changed; `moved`: the source folder has another path now.
+    `decode`: who decodes pictures: "pyav" (the CPU), "dali" (NVDEC), "auto" (DALI where it works) or another of
+    `dali.KINDS`; what the device cannot decode PyAV does, and the record says why.
     `on_event` is called with each event, from this thread or (ChildDied) another. `stop`: set it to end early.
 
     Raises NotFoundError (no such source), UsageError, ConflictError (another spec or source, a locked store),
@@ -72,9 +75,13 @@ def ingest(
         raise UsageError(f"{workers} workers", "at least one has to work", "leave --workers away: one per CPU")
     if shard is not None and not 0 <= shard[0] < shard[1]:
         raise UsageError(f"shard {shard[0]}/{shard[1]}", "i/n with i from 0 to n - 1", "avstore ingest --shard 0/4")
+    decode, why = dali.choose(decode)
     source = Path(source)
     target = Path(store) if store is not None else planning.default_store(source)
-    run = _Run(source, target, given, workers, shard, on_event or (lambda event: None), stop or threading.Event())
+    tell = on_event or (lambda event: None)
+    if why:
+        tell(events.Decoding(decode, why))
+    run = _Run(source, target, given, workers, shard, tell, stop or threading.Event(), decode)
     try:
         return run.all(root, list_kind, retry_failed, changed, moved)
     except KeyboardInterrupt:
@@ -93,9 +100,10 @@ class _Run:
         shard: tuple[int, int] | None,
         tell: Callable[[Event], None],
         stop: threading.Event,
+        decode: str,
     ) -> None:
         self.source, self.root, self.given, self.shard, self.tell, self.stop = source, root, given, shard, tell, stop
-        self.workers = workers
+        self.workers, self.decode = workers, decode
         self.began = time.monotonic()
         self.crew: Crew
         self.spec: Spec
@@ -125,6 +133,7 @@ class _Run:
                 stop=self.stop,
                 on_death=self._died,
                 interrupted=self.interrupted,
+                decode=self.decode,
             ) as self.crew:
                 if planner:
                     self._plan(listing, there, retry_failed, changed, moved)

@@ -58,7 +58,16 @@ class Collector:
         if self.rows + repeat > self.slot * spec.fps:
             raise ValueError(f"the decoder gave more than the {self.slot * spec.fps} rows of the slot")
         picture = np.ascontiguousarray(picture)
-        payload = self.with_crc(self.encode_jpeg(picture, spec.quality) if spec.codec == "jpeg" else picture)
+        self._keep(self.encode_jpeg(picture, spec.quality) if spec.codec == "jpeg" else picture, source, repeat)
+
+    def encoded(self, jpeg: bytes, source: int, repeat: int) -> None:
+        """As `frame`, for a picture that the decoder's device has encoded already."""
+        if self.spec.codec != "jpeg" or repeat < 1 or self.rows + repeat > self.slot * self.spec.fps:
+            raise ValueError(f"the decoder gave a JPEG, {repeat} times, after {self.rows} rows")
+        self._keep(jpeg, source, repeat)
+
+    def _keep(self, body: bytes | np.ndarray, source: int, repeat: int) -> None:
+        payload = self.with_crc(body)
         self.frames.append([self.spool.append(payload), len(payload), repeat])
         self.source.append([int(source), repeat])
         self.rows += repeat
@@ -100,17 +109,34 @@ class Collector:
         return index
 
 
-def decode_video(job: dict[str, Any], spec: Spec) -> tuple[dict[str, Any], bytearray | None]:
-    """Header and body of a decoded video; failures of the file are told in the header."""
+def decode_video(job: dict[str, Any], spec: Spec, device: Any = None) -> tuple[dict[str, Any], bytearray | None]:
+    """Header and body of a decoded video; failures of the file are told in the header. `device`: of
+    `avstore.decode_dali`, tried first; what it cannot do is PyAV's, and the record says why."""
     from avstore.decode_pyav import decode
 
+    if device is None:
+        return _collect(job, spec, decode)
+    from avstore.decode_dali import Unfit
+    from avstore.decode_dali import decode as decode_on
+
+    fallback = "the device's decoder ended with this file"
+    if job["device"]:
+        try:
+            return _collect(job, spec, decode_on, device=device)
+        except Unfit as e:
+            fallback = str(e)
+    return _collect(job, spec, decode, fallback)
+
+
+def _collect(
+    job: dict[str, Any], spec: Spec, decode: Any, fallback: str | None = None, **how: Any
+) -> tuple[dict[str, Any], bytearray | None]:
     spool = Spool(Path(job["spool"]))
     try:
         collector = Collector(spec, spool, job["slot"])
-        facts = decode(
-            job["path"], spec, collector, start=_time(job["start"]), end=_time(job["end"]), slot_seconds=job["slot"]
-        )
-        record = facts.to_record()
+        start, end = _time(job["start"]), _time(job["end"])
+        facts = decode(job["path"], spec, collector, start=start, end=end, slot_seconds=job["slot"], **how)
+        record = {**facts.to_record(), "fallback": fallback}
         index = collector.finish(record["sound_end"] > record["sound_start"], record["samples"])
         body = spool.close()
         return {"facts": {**record, "status": "ok"}, "index": index, "size": spool.size}, body
@@ -130,7 +156,7 @@ def probe_video(job: dict[str, Any], spec: Spec) -> tuple[dict[str, Any], None]:
     return {**header, "source_fps": None if fps is None else str(fps), "seconds": str(Fraction(found.seconds))}, None
 
 
-def answer(job: dict[str, Any], spec: Spec) -> tuple[dict[str, Any], bytearray | None]:
+def answer(job: dict[str, Any], spec: Spec, device: Any = None) -> tuple[dict[str, Any], bytearray | None]:
     """Does a job; every failure becomes a header: `failed` (of the file) or `machine` (an errno)."""
     from avstore.probe import DecodeFailed
 
@@ -138,7 +164,7 @@ def answer(job: dict[str, Any], spec: Spec) -> tuple[dict[str, Any], bytearray |
         first = _readable(job["path"], whole=False)
         if first is not None:
             return first, None
-        return decode_video(job, spec) if job["kind"] == "decode" else probe_video(job, spec)
+        return decode_video(job, spec, device) if job["kind"] == "decode" else probe_video(job, spec)
     except DecodeFailed as e:
         seconds = getattr(e, "seconds", None)
         failed = {
@@ -216,7 +242,7 @@ def jobs_from(stream: BinaryIO) -> queue.SimpleQueue[dict[str, Any]]:
     return jobs
 
 
-def load(spec: Spec) -> dict[str, str]:
+def load(spec: Spec, decode: str = "pyav") -> dict[str, str]:
     """Imports what decoding needs and returns the versions of everything that shapes the bytes."""
     from importlib.metadata import version
 
@@ -234,6 +260,14 @@ def load(spec: Spec) -> dict[str, str]:
 
         torch.set_num_threads(1)
         versions["torch"] = torch.__version__
+    if decode != "pyav":
+        import torch
+
+        from avstore import dali
+        from avstore.decode_dali import decode as _decode  # noqa: F401  (imported now, as above)
+
+        torch.set_num_threads(1)
+        versions |= {"torch": torch.__version__, **dali.versions(decode)}
     return versions
 
 
@@ -245,16 +279,23 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     jobs = jobs_from(sys.stdin.buffer)
-    spec = Spec.from_json(jobs.get()["spec"])
-    send(out, {"versions": load(spec)}, None)
+    first = jobs.get()
+    spec, decode = Spec.from_json(first["spec"]), first["decode"]
+    send(out, {"versions": load(spec, decode)}, None)
+    device: Any = None
+    if decode != "pyav":
+        from avstore.decode_dali import Device
+
+        device = Device(decode)
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)
     while True:
         job = jobs.get()
-        limit_memory()
+        if device is None or device.where == "cpu":  # CUDA maps addresses by the hundred GiB
+            limit_memory()
         limit_cpu(job["cpu_seconds"])
-        header, body = answer(job, spec)
+        header, body = answer(job, spec, device)
         send(out, header, body)
 
 

@@ -49,6 +49,9 @@ def ingest(
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try failed files again.")] = False,
     changed: Annotated[bool, typer.Option("--changed", help="Also files that have another size now.")] = False,
     moved: Annotated[bool, typer.Option("--moved", help="The source folder has another path now.")] = False,
+    decode: Annotated[
+        str, typer.Option(help="Who decodes pictures: pyav (the CPU), dali (the GPU), auto: dali where it works.")
+    ] = "pyav",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Events and the summary as JSON lines on stdout.")] = False,
 ) -> None:
@@ -96,6 +99,7 @@ def ingest(
                 moved=moved,
                 on_event=show,
                 stop=stop,
+                decode=decode,
                 **given,
             )
     finally:
@@ -129,6 +133,8 @@ class _Show:
             console.as_json({"event": type(event).__name__, **event.__dict__})
         if isinstance(event, events.Listed):
             console.say(f"{event.files} files, {event.new} of them new")
+        elif isinstance(event, events.Decoding):
+            console.say(f"pictures by {event.decoder}: {event.why}")
         elif isinstance(event, events.Waiting):
             console.say(f"waiting: {console.visible(event.holder.get('host', 'another process'))} is planning")
         elif isinstance(event, events.Probed):

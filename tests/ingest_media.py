@@ -92,7 +92,7 @@ class Here:
     """Stands in for the pool of children where only the parent is tested: same jobs, same decoder, same headers, in
     this process, so that thousands of runs take seconds."""
 
-    def __init__(self, workers: int, spec: Spec, on_death: object = None) -> None:
+    def __init__(self, workers: int, spec: Spec, on_death: object = None, decode: str = "pyav") -> None:
         self.workers, self.spec = workers, spec
 
     def run(self, jobs: Iterable[Job], stop: threading.Event) -> Iterator[Result]:
