@@ -1,14 +1,16 @@
 """Cutting: from tape rows to arrays, straight into memory that the caller owns.
 
 One index slice and, as a rule, one contiguous read per array and clip; JPEG frames are decoded into the rows of the
-batch, raw frames land there by one vectored read. Nothing is allocated per clip but small views. What runs per frame is
-plain Python on ints: NumPy's calls on arrays of 16 cost more than the loop.
+batch, raw frames land there by one vectored read, or one copy out of the mapped shard. Nothing is allocated per clip
+but small views. What runs per frame is plain Python on ints: NumPy's calls on arrays of 16 cost more than the loop.
 """
 
 from __future__ import annotations
 
 import math
+import struct
 import threading
+from operator import add
 
 import numpy as np
 from google_crc32c import value as crc32c
@@ -16,7 +18,7 @@ from simplejpeg import decode_jpeg
 
 from avstore.codecs import MISSING
 from avstore.errors import CorruptError
-from avstore.shard import Reader
+from avstore.shard import INDEX_ROW, Reader
 from avstore.spec import ArraySpec
 
 SPARSE = 4  # read rows one by one when a contiguous read would fetch more than this many times what is wanted
@@ -107,53 +109,104 @@ def cut_frames(
         chunks = [chunks[i] for i in targets]
     for shard, start, stop in spans(chunks, per_shard):
         part, places = chunks[start:stop], targets[start:stop]
-        if raw and _scatter_raw(reader, array, per_shard, shard, part, out, places, check):
+        if raw:
+            _cut_raw(reader, array, per_shard, shard, part, out, places, check)
             continue
         for place, row, data in zip(places, part, fetch(reader, array, per_shard, shard, part), strict=True):
             if data is None:
                 raise damaged(array, row, "the frame is missing from its shard")
             if check and crc32c(data) != RESIDUE:
                 raise damaged(array, row, "the checksum differs")
-            try:
-                if raw:
-                    out[place] = data[:-4].reshape(array.row)
-                else:  # height and width choose the scale; decoding stops at the picture's end, before the checksum
-                    decode_jpeg(data, "RGB", False, False, height, width, 1, out[place])
+            try:  # height and width choose the scale; decoding stops at the picture's end, before the checksum
+                decode_jpeg(data, "RGB", False, False, height, width, 1, out[place])
             except ValueError as e:
                 raise damaged(array, row, str(e)) from e
     for i in repeats:
         out[i] = out[i - 1]
 
 
-def _scatter_raw(
+def _cut_raw(
     reader: Reader,
     array: ArraySpec,
     per_shard: int,
     shard: int,
-    chunks: list[int],
+    rows: list[int],
     out: np.ndarray,
-    targets: list[int],
+    places: list[int],
     check: bool,
-) -> bool:
-    """Raw frames without gaps: one vectored read into the rows of `out` and a strip of checksums."""
-    scatter = getattr(reader, "scatter", None)
-    if scatter is None or chunks[-1] - chunks[0] + 1 != len(chunks):
-        return False
-    key = array.key(shard)
-    flat = reader.entries(key, chunks[0] - shard * per_shard, len(chunks), per_shard)
-    size, begin = math.prod(array.row) + 4, flat[0]
-    if flat[::2] != tuple(range(begin, begin + size * len(chunks), size)) or set(flat[1::2]) != {size}:
-        return False
-    sums = scratch(4 * len(chunks)).reshape(-1, 4)
-    parts: list[np.ndarray] = []
-    for i, target in enumerate(targets):
-        parts += (out[target].reshape(-1), sums[i])
-    scatter(key, begin, parts)
-    if check:
-        for i, (row, target) in enumerate(zip(chunks, targets, strict=True)):
-            if crc32c(out[target].reshape(-1)) != int.from_bytes(sums[i].tobytes(), "little"):
-                raise damaged(array, row, "the checksum differs")
-    return True
+) -> None:
+    """Raw frames at rising rows of one shard. Each run without gaps is one copy out of the mapped shard, where the
+    reader maps, else one vectored read into `out` and a strip of checksums; rows between that are not asked for are
+    not read."""
+    key, first, pixels = array.key(shard), rows[0], math.prod(array.row)
+    size, n = pixels + 4, rows[-1] - rows[0] + 1
+    mapped = getattr(reader, "mapped", None)
+    data: np.ndarray | None = mapped(key) if mapped is not None else None
+    flat: tuple[int, ...] = ()
+    if data is not None:
+        tail = len(data) - 4 - INDEX_ROW * per_shard
+        if tail >= 0:
+            flat = struct.unpack_from(f"<{2 * n}Q", data, tail + INDEX_ROW * (first - shard * per_shard))  # type: ignore[arg-type]
+        if not flat or max(map(add, flat[::2], flat[1::2])) > tail:
+            data = None  # cut short, damage or a hole: whoever is slower looks closer
+    if data is None:
+        flat = reader.entries(key, first - shard * per_shard, n, per_shard)
+    count, i = len(rows), 0
+    while i < count:
+        at = flat[2 * (rows[i] - first)]
+        j = i
+        while j < count and rows[j] - rows[i] == places[j] - places[i] == j - i:
+            entry = 2 * (rows[j] - first)
+            if flat[entry] == _MISSING:
+                raise damaged(array, rows[j], "the frame is missing from its shard")
+            if flat[entry + 1] != size:
+                raise damaged(array, rows[j], "a frame has the wrong length")
+            if flat[entry] != at + (j - i) * size:
+                break
+            j += 1
+        target = out[places[i] : places[i] + j - i]
+        if data is not None:
+            _copy(array, data, at, size, rows[i], target, check)
+        else:
+            _scatter(reader, array, key, at, rows[i], target, check)
+        i = j
+
+
+def _copy(
+    array: ArraySpec, data: np.ndarray, at: int, size: int, row: int, target: np.ndarray, check: bool
+) -> None:
+    """Raw frames without gaps, `row` the first, out of a mapped shard."""
+    shown = np.ndarray(target.shape, np.uint8, data, at, (size, *target.strides[1:]))  # type: ignore[call-overload]
+    if not check:
+        np.copyto(target, shown)
+        return
+    for i in range(len(target)):  # what the checksum has brought into the cache is copied from there
+        if crc32c(data[at + i * size : at + (i + 1) * size]) != RESIDUE:
+            raise damaged(array, row + i, "the checksum differs")
+        np.copyto(target[i], shown[i])
+
+
+def _scatter(
+    reader: Reader, array: ArraySpec, key: str, at: int, row: int, target: np.ndarray, check: bool
+) -> None:
+    """Raw frames without gaps, `row` the first, by one read, or one for each frame where the reader knows no vectored
+    one."""
+    n, pixels = len(target), math.prod(array.row)
+    sums = scratch(4 * n)
+    vectored = getattr(reader, "scatter", None)
+    if vectored is None:
+        for i in range(n):
+            reader.read(key, at + i * (pixels + 4), target[i].reshape(-1))
+            reader.read(key, at + i * (pixels + 4) + pixels, sums[4 * i : 4 * i + 4])
+    else:
+        to, strip = memoryview(target.reshape(-1)), memoryview(sums)  # type: ignore[arg-type]
+        parts: list[memoryview] = []
+        for i in range(n):
+            parts += (to[i * pixels : (i + 1) * pixels], strip[4 * i : 4 * i + 4])
+        vectored(key, at, parts)
+    for i in range(n if check else 0):
+        if crc32c(target[i].reshape(-1)) != int.from_bytes(sums[4 * i : 4 * i + 4].tobytes(), "little"):
+            raise damaged(array, row + i, "the checksum differs")
 
 
 def cut_rows(reader: Reader, array: ArraySpec, per_shard: int, first: int, out: np.ndarray) -> None:

@@ -471,9 +471,13 @@ class _Process(_Reader):
             self.process.kill()
             code = self.process.wait()
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+        why = {
+            -signal.SIGKILL: "SIGKILL most often means out of memory",
+            -signal.SIGBUS: "a shard could not be read: the disk failed, or something shortened the file",
+        }
         return MachineError(
             f"the reader process {how}",
-            "SIGKILL most often means out of memory" if code == -signal.SIGKILL else "its words, if any, are above",
+            why.get(code, "its words, if any, are above"),
             "repeat the command: it goes on where it stopped (fewer slots or a smaller batch take less memory)",
         )
 

@@ -117,12 +117,13 @@ class Fill:
 class Filler:
     """Plans steps, fills slots, and reports each through `ready(generation, step, slot, error)`, from its threads."""
 
-    def __init__(self, job: Job, memory: Memory, columns: np.ndarray, ready: Ready) -> None:
+    def __init__(self, job: Job, memory: Memory, columns: np.ndarray, ready: Ready, *, maps: bool = False) -> None:
+        """maps: raw shards in the page cache are mapped, see `LocalReader.mapped`."""
         self.job, self.ready = job, ready
         self.column = {name: columns[:, i] for i, name in enumerate(COLUMNS)}
         self.boxes = _scaled(columns[:, COLUMNS.index("y") : COLUMNS.index("y") + 4], job.scale)
         self.slots = [job.layout.views(memory.map, k) for k in range(job.slots)]
-        self.reader = LocalReader(Path(job.root))
+        self.maps, self.reader = maps, LocalReader(Path(job.root))
         self.sources: OrderedDict[int, np.ndarray] = OrderedDict()
         self.changed = threading.Condition()
         self.free_slots: deque[int] = deque(range(job.slots))
@@ -254,6 +255,7 @@ class Filler:
             plans = self.plan(step, stop)
             for plan in plans:
                 self._announce(plan)
+            self._set_maps()
         except Exception as e:
             error = _told(e), -1
         with self.changed:
@@ -356,6 +358,10 @@ class Filler:
         for i in range(clips):
             warm &= self._cached(plan, i, announce=True)
         self.cold = not warm
+
+    def _set_maps(self) -> None:
+        """What is not in the page cache is read whole, not page by page."""
+        self.reader.maps = self.maps and not self.cold
 
     def _cached(self, plan: Plan, clip: int, announce: bool = False) -> bool:
         """Whether the first bytes of a clip's frames (sound, where it has none) are in the page cache."""
@@ -493,7 +499,7 @@ def main(given: dict[str, Any]) -> None:
         with contextlib.suppress(OSError):  # the trainer is gone: the main thread sees it too
             control.send(TO_TRAINER.pack(b"S" if error is None else b"E", generation, step, slot) + tail)
 
-    filler = Filler(job, memory, columns, ready)
+    filler = Filler(job, memory, columns, ready, maps=True)  # a process that may end by SIGBUS: the trainer is told
     poll = select.poll()
     poll.register(control, select.POLLIN)
     while True:

@@ -142,10 +142,26 @@ def test_descriptors_are_bounded_and_never_closed_while_read(tmp_path: Path) -> 
 def test_scatter_fills_buffers_in_order(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(bytes(range(200)))
     parts = [np.empty(3, np.uint8), np.empty(5, np.uint8), np.empty(2, np.uint8)]
-    LocalReader(tmp_path).scatter("f", 10, parts)
+    views = [memoryview(p) for p in parts]
+    LocalReader(tmp_path).scatter("f", 10, views)
     assert np.concatenate(parts).tolist() == list(range(10, 20))
     with pytest.raises(CorruptError, match="cut short"):
-        LocalReader(tmp_path).scatter("f", 195, parts)
+        LocalReader(tmp_path).scatter("f", 195, views)
+
+
+def test_mapped_shards_are_few_and_stay_valid(tmp_path: Path) -> None:
+    for i in range(5):
+        (tmp_path / f"f{i}").write_bytes(bytes([i]) * 5000)
+    (tmp_path / "empty").write_bytes(b"")
+    reader = LocalReader(tmp_path, max_open=2, maps=True)
+    views = [reader.mapped(f"f{i}") for i in range(5)]
+    assert len(reader.views) == 2 and reader.mapped("f4") is views[4] and reader.mapped("empty") is None
+    assert all(v is not None and v.tolist() == [i] * 5000 and not v.flags.writeable for i, v in enumerate(views))
+    with pytest.raises(NotFoundError, match="shard g is missing"):
+        reader.mapped("g")
+    reader.close()
+    assert views[0] is not None and views[0][0] == 0 and not reader.views
+    assert LocalReader(tmp_path).mapped("f1") is None
 
 
 @settings(max_examples=50, deadline=None)
