@@ -107,16 +107,17 @@ def drop(paths: list[Path]) -> None:
 
 
 def measure(batches: Iterator[int], skip: int, seconds: float, limit: int = 0) -> dict[str, float]:
-    """Clips and seconds of one run of 8 batches or more, or `limit` clips, after `skip` batches that may have been
-    ready before it began."""
+    """Clips and seconds of one run of `seconds` or more, or of `limit` clips, after `skip` batches that may have been
+    ready before it began; of at least two batches, and of eight where some may be ready ahead."""
     for _ in range(skip):
         next(batches)
+    least = 8 if skip else 2
     done, count, begin = 0, 0, time.perf_counter()
     while True:
         done += next(batches)
         count += 1
         passed = time.perf_counter() - begin
-        if (passed >= seconds and count >= 8) or (limit and done >= limit):
+        if (passed >= seconds and count >= least) or (limit and done >= limit):
             return {"clips": done, "seconds": passed}
 
 

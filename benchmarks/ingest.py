@@ -148,8 +148,9 @@ def _beside(
 
 
 def _split(bares: list[dict[str, Any]], split: dict[str, Any], workers: int) -> Table:
-    """Where `workers` cores spent the wall time of the ingest whose children were timed; what the bare loop took."""
-    have = workers * split["wall"]
+    """Where the cores spent the wall time of the ingest whose children were timed; what the bare loop took."""
+    cores = min(workers + 1, cpus())  # the parent may have one of its own
+    have = cores * split["wall"]
     own = {k: statistics.median(b["seconds"].get(k, 0.0) for b in bares) for k in IN_BOTH}
     parts: dict[str, float] = {stage: split["seconds"].get(stage, 0.0) for stage in STAGES}
     parts["parent: receive, write, records"] = split["parent"]
@@ -162,7 +163,7 @@ def _split(bares: list[dict[str, Any]], split: dict[str, Any], workers: int) -> 
         for name, seconds in parts.items()
     ]  # fmt: skip
     notes = (
-        f"one more ingest, its children timed: {split['wall']:.2f} s of wall time on {workers} cores; share: of both. "
+        f"one more ingest, its children timed: {split['wall']:.2f} s of wall time on {cores} cores; share: of both. "
         f"The parent wrote and synced for {split['write']:.2f} s of wall time, while the children went on.",
         "idle: cores without work of ours: the start, the end, waiting for the disk, and what neighbours took.",
     )

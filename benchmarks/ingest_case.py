@@ -145,8 +145,8 @@ def ingested(given: dict[str, Any]) -> dict[str, Any]:
         return call
 
     class Child(children.Child):
-        def __init__(self, spec: Any) -> None:
-            super().__init__(spec)
+        def __init__(self, *args: Any, **named: Any) -> None:
+            super().__init__(*args, **named)
             started.append(time.time() - begin)
 
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(children, "Child", Child):

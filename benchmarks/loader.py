@@ -24,6 +24,7 @@ from benchmarks.loader_stores import write_raw
 from benchmarks.table import Table
 
 Progress = Callable[[str, int, int], None]
+COLD = 5.0  # seconds of the cold epoch at most
 LIMITS = {"jpeg": "libjpeg-turbo", "raw": "memcpy"}
 JPEG = [*CONTENDERS][: [*CONTENDERS].index("memcpy")]
 COLUMNS = ("contender", "clips/s", "ratio", "GB/s", "CPU ms/clip", "CPU ratio", "cold clips/s", "first batch s",
@@ -166,7 +167,7 @@ class _Field:
             counted = n - CONTENDERS[name].ahead * self.clips.batch
             if counted < self.clips.batch:
                 continue  # a set as small as this is ready before it is cold
-            answer = child.ask(do="run", seconds=20, clips=counted)
+            answer = child.ask(do="run", seconds=COLD, clips=counted)
             if "error" not in answer:
                 self.colds[name] = answer["clips"] / answer["seconds"]
 
@@ -187,8 +188,9 @@ class _Field:
                  f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}.",
                  f"ratio: of rates, to {limit} in the same round, median; CPU ratio: of CPU time per clip, likewise, "
                  "which neighbours on the machine disturb less.",
-                 "cold: first epoch after posix_fadvise(DONTNEED); first batch: from nothing, imports included, the "
-                 "cost of a tiny set; memory: anonymous and shared, of all processes of a contender."),
+                 f"cold: first epoch, its first {COLD:g} s, after posix_fadvise(DONTNEED); first batch: from nothing, "
+                 "imports included, the cost of a tiny set; memory: anonymous and shared, of all processes of a "
+                 "contender."),
             ))  # fmt: skip
         bars = [row for bar in BARS if (row := self._bar(*bar)) is not None]
         if bars:

@@ -15,7 +15,7 @@ import zarr
 from avstore.errors import UsageError
 from avstore.loader import Batch
 from avstore.windows import Extents
-from benchmarks import contenders, loader
+from benchmarks import contenders, loader, loader_cases
 from benchmarks.contenders import measure
 from benchmarks.contenders_clips import FRAMES, ClipSet, Grid, clip_list, pack, payloads, shuffled, unpack
 from benchmarks.loader_stores import write_raw
@@ -155,3 +155,28 @@ def test_the_whole_from_media_to_tables(tiny_media: Path, tmp_path: Path) -> Non
     assert [(r["ours"], r["theirs"]) for r in bars.rows] == [("avstore jpeg", "libjpeg-turbo")]
     assert all(r["clips/s"] > 0 for t in tables for r in t.rows) and "cold" in stages
     json.dumps([t.to_json() for t in tables])
+
+
+def test_memory_and_beside_answer(work: ClipSet) -> None:
+    given = {"store": str(work.jpeg), "seconds": 0.05, "rounds": 1, "in_process": True}
+    memory = loader_cases.memory(given)
+    assert memory["slots MB"] > 1 and memory["clips"] >= 40 * 16 and memory["allocated at once KB"] < 500
+    assert memory["at first MB"] <= memory["most MB"] and memory["beyond slots MB"] < 200
+    beside = loader_cases.beside({**given, "work": "python"})
+    assert beside["steps/s beside"] > 0 and beside["rate beside/alone"] >= 0 and 0 < beside["cores, main"] < 1.2
+
+
+def test_along_compares_with_frames_only_by_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    costs = {"frames only": iter([1.0, 2.0, 4.0]), "8 fps of a 16-fps tape": iter([2.0, 2.0, 12.0])}
+
+    def ask(name: str, given: dict[str, object]) -> dict[str, object]:
+        case = "8 fps of a 16-fps tape" if given.get("fps") == 8 else "frames only"
+        if given["store"] == "y" or set(given) - {"store", "seconds", "rounds", "fps"}:
+            return {"note": "failed: no"}
+        return {"clips/s": 10.0, "CPU ms/clip": next(costs[case])}
+
+    monkeypatch.setattr(loader_cases, "_ask", ask)
+    table = loader_cases._along({"store": "x", "seconds": 1, "rounds": 3}, Path("y"), lambda *_: None)
+    row = {r["clips"]: r for r in table.rows}
+    assert row["8 fps of a 16-fps tape"]["CPU ms/clip beside frames only"] == 2.0  # of 2, 1, 3
+    assert row["8 fps of a 16-fps tape"]["CPU ms/clip"] == 2.0 and row["224 store at half size"]["note"] == "failed: no"
