@@ -126,14 +126,13 @@ def clip(path: Path, beep: float = FLASH, **how: object) -> Path:
     return make_clip(path, seconds=LENGTH, fps=FPS, size=(48, 64), flash=FLASH, beep=beep, **how)  # type: ignore[arg-type]
 
 
+HOLE = [(0.4, 0.0), (1.6, 0.8)]
 # name of the file -> (what makes it, the second of the event in what is shown of it)
 CASES: dict[str, tuple[Callable[[Path], Path], float]] = {
     "cut-in.mp4": (lambda p: edited(clip(p), [(2, 0.4)], [(2, 0.4)]), FLASH - 0.4),
     "cut-in.mov": (lambda p: edited(clip(p), [(1.6, 0.72)], [(1.6, 0.72)]), FLASH - 0.72),
-    "hole.mp4": (
-        lambda p: edited(clip(p, vcodec="mpeg4"), [(0.4, 0), (1.6, 0.8)], [(0.4, 0), (1.6, 0.8)]),
-        FLASH - 0.4,
-    ),
+    # without B-frames: FFmpeg shows those of a second edit too late by their delay (docs/results.md)
+    "hole.mp4": (lambda p: edited(clip(p, vcodec="mpeg4"), HOLE, HOLE), FLASH - 0.4),
     "late-sound.mp4": (lambda p: edited(clip(p, beep=FLASH - 0.3), [(2, 0)], [(0.3, -1), (2, 0)]), FLASH),
     "late-picture.mp4": (lambda p: edited(clip(p, beep=FLASH + 0.3), [(0.3, -1), (2, 0)], [(2.4, 0)]), FLASH),
     "both-late.mp4": (lambda p: edited(clip(p), [(0.5, -1), (2, 0)], [(0.5, -1), (2, 0)]), FLASH),

@@ -351,7 +351,7 @@ def test_a_store_made_anew_by_an_older_interrupted_begin_is_clean(tmp_path: Path
     assert digest(store) == digest(tmp_path / "fresh.zarr")
 
 
-CALLS = ("open", "fsync", "rename", "link", "mkdir", "ftruncate", "write")
+CALLS = ("open", "fsync", "rename", "link", "mkdir", "ftruncate", "create", "write")
 
 
 @pytest.mark.parametrize(
@@ -391,7 +391,8 @@ def test_every_failing_call_leaves_a_store_that_goes_on(
             assert have[shard] == want[shard]
         ingest(folder, store, **options)
         assert digest(store) == want and not list(store.rglob("*.tmp.*"))
-    assert n > {"open": 10, "fsync": 10, "rename": 4, "link": 3, "mkdir": 5, "ftruncate": 1, "write": 8}[call]
+    least = {"open": 10, "fsync": 10, "rename": 4, "link": 3, "mkdir": 5, "ftruncate": 1, "create": 8, "write": 8}
+    assert n > least[call]
 
 
 def test_bytes_before_names_and_names_before_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -436,7 +437,8 @@ def test_bytes_before_names_and_names_before_the_record(tmp_path: Path, monkeypa
 
 
 def fail_at(patch: pytest.MonkeyPatch, call: str, n: int, code: int, store: Path) -> None:
-    """The n-th `call` (of `os`; `write`: of a file that `open` opened) raises an OSError; a write does half before."""
+    """The n-th `call` (of `os`; `create`: `open` for writing; `write`: to a file that it opened) raises an OSError; a
+    write does half before."""
     count = 0
 
     def due() -> bool:
@@ -444,12 +446,15 @@ def fail_at(patch: pytest.MonkeyPatch, call: str, n: int, code: int, store: Path
         count += 1
         return count == n
 
-    if call == "write":
+    if call in ("create", "write"):
         opened = builtins.open
 
         def opening(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+            ours = mode[0] in "wax" and str(file).startswith(str(store))
+            if ours and call == "create" and due():
+                raise OSError(code, os.strerror(code))
             out = opened(file, mode, *args, **kwargs)
-            if mode not in ("wb", "a") or not str(file).startswith(str(store)):
+            if not ours or call == "create":
                 return out
             write = out.write
 

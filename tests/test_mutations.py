@@ -2,7 +2,7 @@
 files beside it are as without it.
 
 Mutations are drawn from a seed: flipped bytes, cut ends, swapped parts (whole atoms where the file has them), absurd
-sizes, counts and durations, runs of zeros, repeated parts. AVSTORE_MUTATIONS=1000 sets the number of the slow test.
+sizes, counts and durations, runs of zeros, repeated parts. AVSTORE_MUTATIONS sets the number of the slow test.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def test_some_mutations(shared: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_many_mutations(shared: Path, tmp_path: Path) -> None:
-    count = int(os.environ.get("AVSTORE_MUTATIONS", "200"))
+    count = int(os.environ.get("AVSTORE_MUTATIONS", "1000"))
     ended = campaign(shared, tmp_path, count, seed=2)
     assert ended["ok"] > count // 20 and count - ended["ok"] > count // 20
 
