@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 
 def train(
+    context: typer.Context,
     method: Annotated[
         str | None, typer.Argument(metavar="METHOD", help="avid, avid-cma, ...; none: list them.")
     ] = None,
@@ -39,12 +40,20 @@ def train(
     seed: Annotated[int | None, typer.Option(help="Of the run, and of --subset unless --subset-seed is given.")] = None,
     subset_seed: Annotated[int | None, typer.Option(help="Of --subset alone.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps in all.")] = None,
-    list_methods: Annotated[bool, typer.Option("--list-methods", help="The methods there are (or: --list).")] = False,
+    list_methods: Annotated[
+        bool, typer.Option("--list-methods", help="The methods there are; --list alone does too.")
+    ] = False,
     show_config: Annotated[bool, typer.Option("--show-config", help="Every setting and where it comes from.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be trained; write nothing.")] = False,
     json: Json = False,
+    help_: Annotated[
+        bool, typer.Option("--help", help="Show this; after METHOD also what it is, and its settings.")
+    ] = False,
 ) -> None:
     """Train a method. Repeating the command resumes; a finished run is left as it is."""
+    if help_:
+        _help(context, method)
+        return
     if list_methods or method is None:
         _methods(json)
         return
@@ -113,13 +122,49 @@ class _Show:
 
 
 def _methods(json: bool) -> None:
+    """A line each: what it asks for and where it is printed. Loads no method."""
     from trainers.methods import METHODS
 
     if json:
         for name, m in METHODS.items():
-            console.as_json({"method": name, "summary": m.summary, "paper": m.paper, "stage": m.stage})
+            console.as_json({"method": name, "summary": m.summary, "paper": m.paper, "labels": m.labels,
+                             "picture": m.picture, "sound": m.sound, "views": m.views, "stage": m.stage})  # fmt: skip
         return
-    console.columns(["method", "what", "paper"], [[n, m.summary, m.paper] for n, m in METHODS.items()])
+    rows = [
+        [n, m.paper, _yes(m.labels), _yes(m.sound), m.views, m.summary + (f" (after {m.stage})" if m.stage else "")]
+        for n, m in METHODS.items()
+    ]
+    console.columns(["method", "paper", "labels", "sound", "views", "what"], rows)
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def _help(context: typer.Context, name: str | None) -> None:
+    """Usage; after METHOD its docstring (paper, idea, command, what differs) and its own settings."""
+    if name is None:
+        console.data(context.get_help())
+        return
+    import sys
+
+    from trainers.config import preset_names, resolve
+    from trainers.methods import method as find_method
+    from trainers.settings import show_config as rows_of
+
+    line = find_method(name)
+    file = line.load()
+    console.data((sys.modules[file.config.__module__].__doc__ or line.summary).strip())
+    console.data("")
+    console.data(f"presets: {', '.join(preset_names(name))}")
+    needs = [w for w, on in (("pictures", line.picture), ("sound", line.sound), ("labels", line.labels)) if on]
+    console.data(
+        f"needs: {', '.join(needs)}; views: {line.views}" + (f"; starts from {line.stage}" if line.stage else "")
+    )
+    console.data("settings of its own (--set key=value; avstore train NAME --show-config has the loop's too):")
+    _settings([r for r in rows_of(resolve(name)) if r.of == "method"], False)
+    console.data("")
+    console.data(context.get_help())
 
 
 def _settings(rows: Any, json: bool) -> None:

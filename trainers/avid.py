@@ -42,6 +42,7 @@ from trainers.batch import Batch
 from trainers.distributed import global_means
 from trainers.needs import Needs
 from trainers.negatives import draw_negatives
+from trainers.spread import feature_std
 from trainers.towers import Towers
 
 TERMS = ("video_to_audio", "audio_to_video", "video_to_video", "audio_to_audio")
@@ -268,6 +269,8 @@ class Avid(nn.Module):
         metrics |= dict(zip(weights, mean_T.detach().unbind(), strict=True))
         if self.partition is not None:
             metrics["partition"] = self.partition
+        metrics["feature_std_video"] = feature_std(v_BD, batch.has_picture)
+        metrics["feature_std_audio"] = feature_std(a_BD, batch.has_sound)
         return loss, metrics
 
     def first_partition(self, v_BD: Tensor, neg_BK2D: Tensor, picture_B: Tensor, both_B: Tensor) -> Tensor:

@@ -41,6 +41,7 @@ from trainers.batch import Batch
 from trainers.needs import Needs
 from trainers.negatives import MODES, draw_negatives, nearest
 from trainers.positives import AGREEMENTS, mine_positives
+from trainers.spread import feature_std
 from trainers.towers import Towers
 
 
@@ -345,7 +346,10 @@ class AvidCma(nn.Module):
             term_T = each * ways_T2.sum(1)
             loss = (term_T * term_T.new_tensor(weights)).sum()
         metrics: dict[str, float | Tensor] = {"loss": loss.detach()}
-        return loss, metrics | dict(zip(names, term_T.detach().unbind(), strict=True))
+        metrics |= dict(zip(names, term_T.detach().unbind(), strict=True))
+        metrics["feature_std_video"] = feature_std(v_BD, batch.has_picture)
+        metrics["feature_std_audio"] = feature_std(a_BD, batch.has_sound)
+        return loss, metrics
 
     def draw(self, batch: Batch, positive_BP: Tensor) -> Tensor:
         """(B, K) negatives: never a positive, and never the video itself unless `exclude_self` is off."""

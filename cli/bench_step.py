@@ -1,0 +1,54 @@
+"""`avstore bench step`: what a training step costs."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from cli import console
+from cli.store import Json
+
+
+def step(
+    method: Annotated[str, typer.Argument(metavar="METHOD", help="What is trained.")] = "avid",
+    preset: Annotated[str, typer.Option(help="small, tiny, paper.")] = "small",
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="k=v", help="One setting; repeatable.")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="overhead, rates, bank, mining; repeatable. Default: all.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="In each, everything that is compared runs once.")] = 5,
+    mine: Annotated[
+        list[int] | None, typer.Option(metavar="N", help="Videos of the banks mined; repeatable. Default: 1e4, 1e5.")
+    ] = None,
+    kind: Annotated[
+        list[str] | None, typer.Option(help="Kind of bank mined (random, correlated, ...); repeatable. Default: all.")
+    ] = None,
+    run: Annotated[str | None, typer.Option(help="A run whose trained bank is mined too.")] = None,
+    threads: Annotated[int, typer.Option(help="Of torch on a CPU; 0: as it chooses.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    markdown: Annotated[bool, typer.Option("--markdown", help="Markdown tables on stdout.")] = False,
+    json: Json = False,
+) -> None:
+    """What a step costs: the loop above its passes, precisions, the bank, the mining of positives."""
+    from benchmarks import step as steps
+
+    sizes = steps.Sizes(rounds=rounds, mining=tuple(mine) if mine else steps.Sizes().mining)
+    with console.Progress("step", "parts") as progress:
+
+        def show(stage: str, done: int, total: int) -> None:
+            progress.stage_is(stage)
+            progress.update(done, total)
+
+        tables = steps.run(
+            method, preset, sets=set_ or (), sizes=sizes, only=only or (), kinds=kind or (), bank=run,
+            threads=threads, device=device, progress=show,
+        )  # fmt: skip
+    if json:
+        console.as_json([t.to_json() for t in tables])
+        return
+    for t in tables:
+        if markdown:
+            console.data(t.to_markdown().rstrip() + "\n")
+        else:
+            console.table(t)
