@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 
 import avstore
 from avstore.errors import AvstoreError, InterruptedRun, MachineError, UsageError, did_you_mean
-from cli import bench, console, demo, derive, doctor, embed, ingest, query, store, train
+from cli import bench, bench_ingest, console, convert, demo, derive, doctor, embed, ingest, query, store, train
 
 HELP = """Videos with sound, decoded once into a store; encoders trained on it; search by sight and sound.
 
@@ -67,10 +67,12 @@ app.command("ls")(store.ls)
 app.command("verify")(store.verify)
 app.command("train")(train.train)
 app.command("embed")(embed.embed)
+app.command("convert")(convert.convert)
 app.command("query")(query.query)
 benches = typer.Typer(help="Measure: quality and speed.", no_args_is_help=True, **plain)
 benches.command("retrieval")(bench.retrieval)
 benches.command("loader")(bench.loader)
+benches.command("ingest")(bench_ingest.ingest)
 app.add_typer(benches, name="bench")
 app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)
