@@ -16,7 +16,8 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,49 +26,22 @@ import av
 import numpy as np
 
 from avstore import dali
-from avstore.decode_pyav import EXACT_INDEX, Job
+from avstore.decode_pyav import EXACT_INDEX
 from avstore.encode import encode_batch
 from avstore.facts import Facts, Sink
 from avstore.fit import Fit
-from avstore.pictures import MATRICES, Pictures
+from avstore.pictures import Pictures
 from avstore.probe import DecodeFailed, Streams, choose, format_name, open_media
 from avstore.spec import Spec
+from avstore.timeline import Clock, Scan, Shown, Timed, Unfit, scan
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORMATS = {"yuv420p": 1, "yuvj420p": 2, "nv12": 1}  # pixel formats of all devices -> their range unless named
 LEAST_PSNR = 35.0  # dB between DALI's picture and PyAV's, as stored: below it the device shows something else
 FAR = 60  # seconds before a segment's start that are still decoded only to be dropped
 COLOURS = {1: (0.2126, 0.0722), 4: (0.30, 0.11), 5: (0.299, 0.114), 7: (0.212, 0.087), 9: (0.2627, 0.0593),
            10: (0.2627, 0.0593)}  # swscale's matrices -> Kr, Kb  # fmt: skip
-
-
-class Unfit(Exception):
-    """A file that PyAV must decode; the words are for its record."""
-
-
-@dataclass
-class Stamp:
-    """A picture of which only the time is known; takes the place of a decoded frame on the clock."""
-
-    pts: int
-    duration: int
-    dts: None = None
-    is_corrupt: bool = False
-
-
-@dataclass(frozen=True)
-class Scan:
-    """The pictures of a file by its packets: times and durations in the order in which they are shown (ticks), which
-    of them are keyframes, and FFmpeg's first picture."""
-
-    pts: list[int]
-    durations: list[int]
-    keys: list[int]  # ordinals
-    first: Any
-    space: int
-    packets: int
 
 
 def decode(
@@ -92,8 +66,8 @@ def decode(
         shown = Shown(sink)
         with open_media(path) as container:
             streams = choose(container, spec.picture)
-            timed = _Timed(container, streams.video, seen)
-            job = _Clock(Path(path), timed, streams, spec, shown, start, end, slot_seconds)
+            timed = Timed(container, streams.video, seen)
+            job = Clock(Path(path), timed, streams, spec, shown, start, end, slot_seconds)
             job.first = seen.first
             facts = job.run(seek=False)
             how = job.how
@@ -132,7 +106,7 @@ class Device:
             self.stream = dali.Stream(self.where)
         repeats, first = dict(rows), 0
         mix = colour_mix(seen.space)
-        for chunk in self.stream.pictures(data, len(seen.pts), how.scale):
+        for chunk in one_ahead(self.stream.pictures(data, len(seen.pts), how.scale)):
             wanted = [k for k in range(first, first + len(chunk)) if k in repeats]
             if wanted:
                 pictures = lay(chunk[[k - first for k in wanted]], how, mix)
@@ -153,6 +127,15 @@ class Device:
 
     def close(self) -> None:
         self.stream = None
+
+
+def one_ahead(chunks: Iterator[Tensor]) -> Iterator[Tensor]:
+    """The chunks, the next one decoded by another thread while this one is laid and encoded."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, chunks, None)
+        while (chunk := coming.result()) is not None:
+            coming = pool.submit(next, chunks, None)
+            yield chunk
 
 
 # What may go to the device
@@ -183,125 +166,6 @@ def require_fit(container: Any, streams: Streams, where: str, start: Fraction | 
         raise Unfit("the device would take another stream of pictures")
     if start and start > FAR:
         raise Unfit(f"it starts {float(start):.0f} s into its file, where PyAV seeks")
-
-
-def scan(path: Path, index: int, where: str) -> Scan:
-    """Packets and the first picture of the stream `index`. Unfit for what the clock cannot know without decoding."""
-    times: list[tuple[int, int, bool]] = []
-    first = _first_picture(path, index)
-    with open_media(path) as container:
-        stream = container.streams[index]
-        listed, profile = stream.frames, str(stream.codec_context.pix_fmt)
-        for packet in container.demux(stream):
-            if not packet.size:
-                continue
-            if packet.is_discard or packet.is_corrupt:
-                raise Unfit("an edit list or damaged packets")
-            if packet.pts is None:
-                raise Unfit("packets without timestamps")
-            times.append((packet.pts, packet.duration or 0, bool(packet.is_keyframe)))
-    times.sort()
-    pts = [t for t, _, _ in times]
-    if len(pts) < 2:
-        raise Unfit("fewer than two pictures")
-    if len(set(pts)) != len(pts):
-        raise Unfit("two pictures with one timestamp")
-    if listed and listed != len(pts):
-        raise Unfit(f"its header counts {listed} pictures, its packets {len(pts)}")
-    if first.pts != pts[0]:
-        raise Unfit("it does not begin with the picture that is shown first")
-    if not times[0][2]:
-        raise Unfit("it does not begin with a keyframe")
-    named = int(first.color_range)
-    if profile not in FORMATS or first.format.name != profile:
-        raise Unfit(f"its pixels are {first.format.name}: the device takes 8-bit 4:2:0")
-    if where == "cpu" and named in (1, 2) and named != FORMATS[profile]:
-        raise Unfit("its range of values differs from what its pixel format says")
-    space = MATRICES.get(int(first.colorspace), 1 if first.height >= 720 else 5)
-    keys = [k for k, (_, _, key) in enumerate(times) if key]
-    return Scan(pts, [d for _, d, _ in times], keys, first, space, len(times))
-
-
-def _first_picture(path: Path, index: int) -> Any:
-    """FFmpeg's first decoded frame; Unfit where there is none."""
-    with open_media(path) as container, contextlib.suppress(av.error.FFmpegError):
-        container.streams[index].codec_context.thread_count = 1
-        for frame in container.decode(container.streams[index]):
-            return frame
-    raise Unfit("its first packets are damaged")
-
-
-# The clock: PyAV's, on times alone
-
-
-class Shown:
-    """Takes the clock's rows as (ordinal, repeat), and hands the sound through."""
-
-    def __init__(self, sink: Sink) -> None:
-        self.rows: list[tuple[int, int]] = []
-        self.ordinals: set[int] = set()
-        self.sound = sink.sound
-
-    def frame(self, picture: np.ndarray, source: int, repeat: int) -> None:
-        self.rows.append((source, repeat))
-        self.ordinals.add(source)
-
-
-class _Timeline(Pictures):
-    """Rows of a clock whose frames are stamps: no pixels, but the fit of the file's first picture."""
-
-    first: Any
-    how: Fit | None = None
-
-    def _picture(self, frame: Any) -> np.ndarray:
-        if self.how is None:
-            self.how = self._fit(self.first)
-        return np.empty(0, np.uint8)
-
-
-class _Clock(Job):
-    """PyAV's loop over packets and judgement, with stamps in place of pictures."""
-
-    first: Any  # FFmpeg's first picture
-    pictures: Any
-
-    def make_pictures(self, video: Any, packed: bool) -> Pictures:
-        made = _Timeline(video, self.spec, self.sink, self.start, self.length, self.slot, packed)
-        made.first = self.first
-        return made
-
-    @property
-    def how(self) -> Fit | None:
-        return self.pictures.how if self.pictures is not None else None
-
-
-class _Timed:
-    """A container whose packets of pictures decode to stamps, in the order in which they are shown."""
-
-    def __init__(self, container: Any, stream: Any, seen: Scan) -> None:
-        self._container, self._index = container, stream.index
-        self._stamps = iter([Stamp(p, d) for p, d in zip(seen.pts, seen.durations, strict=True)])
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._container, name)
-
-    def demux(self) -> Iterator[Any]:
-        for packet in self._container.demux():
-            index = packet.stream_index if packet.size else packet.stream.index
-            yield _TimedPacket(packet, self._stamps) if index == self._index else packet
-
-
-class _TimedPacket:
-    def __init__(self, packet: Any, stamps: Iterator[Stamp]) -> None:
-        self._packet, self._stamps = packet, stamps
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._packet, name)
-
-    def decode(self) -> list[Stamp]:
-        if not self._packet.size:
-            return list(self._stamps)
-        return [stamp] if (stamp := next(self._stamps, None)) is not None else []
 
 
 # Pixels

@@ -17,6 +17,17 @@ from cli.store import Json
 PACKAGES = ("numpy", "zarr", "numcodecs", "google-crc32c", "av", "simplejpeg", "torch", "safetensors", "faiss-cpu",
             "h5py", "scipy", "scikit-learn", "typer", "rich", "imagecodecs", "xarray", "tensorstore",
             "tensorboard")  # fmt: skip
+INSTALL = {  # what to type for a check that is not ok; shown beneath it, and `install` in the JSON
+    "decoding": "pip install av",
+    "jpeg": "pip install simplejpeg",
+    "faiss": "pip install faiss-cpu; to search on the GPU: pip uninstall faiss-cpu && pip install faiss-gpu",
+    "torch": "pip install torch (pytorch.org tells the line for your CUDA)",
+    "driver": "install NVIDIA's driver (on Debian and Ubuntu: apt install nvidia-driver); in a container: --gpus all",
+    "cuda": "a torch built for CUDA: pytorch.org tells the line that fits your driver",
+    "nvdec": "in a container: NVIDIA_DRIVER_CAPABILITIES=compute,utility,video; else NVIDIA's whole driver",
+    "dali": "pip install 'avstore[gpu]'  (nvidia-dali-cuda130, or -cuda120 beside a torch for CUDA 12)",
+    "nvimagecodec": "pip install 'nvidia-nvimgcodec-cu13[all]'  (-cu12 for CUDA 12); without it JPEG is the CPU's",
+}
 
 
 def doctor(
@@ -32,8 +43,11 @@ def doctor(
         ("zarr codec", _codec),
         ("faiss", _faiss),
         ("torch", _torch),
+        ("driver", _driver),
         ("cuda", _cuda),
-        ("nvdec (DALI)", _dali),
+        ("nvdec", _nvdec),
+        ("dali", _dali),
+        ("nvimagecodec", _nvimagecodec),
         ("shared memory", _memory),
         ("cpu", _cpu),
         ("disk", lambda: _disk(folder)),
@@ -45,13 +59,16 @@ def doctor(
             state, text = check()
         except Exception as e:  # whatever is broken here is what the command is asked to report
             state, text = "broken", f"{type(e).__name__}: {e}"
-        found.append({"check": name, "state": state, "text": text})
+        install = INSTALL.get(name) if state != "ok" else None
+        found.append({"check": name, "state": state, "text": text, **({"install": install} if install else {})})
     if json:
         console.as_json({"ok": all(f["state"] != "broken" for f in found), "checks": found})
     else:
         width = max(len(f["check"]) for f in found)
         for f in found:
             console.data(f"{f['state']:<7} {f['check']:<{width}}  {console.visible(f['text'])}")
+            if "install" in f:
+                console.data(f"{'':<7} {'':<{width}}  -> {f['install']}")
     if any(f["state"] == "broken" for f in found):
         raise typer.Exit(1)
 
@@ -122,7 +139,12 @@ def _faiss() -> tuple[str, str]:
     x = np.eye(4, dtype=np.float32)
     if faiss.knn(x, x, 1, metric=faiss.METRIC_INNER_PRODUCT)[1].ravel().tolist() != [0, 1, 2, 3]:
         return "broken", "faiss gives wrong neighbours"
-    return "ok", f"faiss {faiss.__version__}, {faiss.omp_get_max_threads()} threads"
+    from trainers.search import faiss_flavour
+
+    on_gpu = faiss_flavour() == "gpu"
+    devices = f" on {faiss.get_num_gpus()} devices" if on_gpu else " (on a CUDA device torch searches, with equal rows)"
+    flavour = "faiss-gpu" if on_gpu else "faiss-cpu"
+    return "ok", f"{flavour} {faiss.__version__}{devices}, {faiss.omp_get_max_threads()} threads"
 
 
 def _torch() -> tuple[str, str]:
@@ -149,16 +171,56 @@ def _cuda() -> tuple[str, str]:
 
 
 def _dali() -> tuple[str, str]:
-    from importlib.util import find_spec
+    from avstore import dali
 
-    if find_spec("nvidia") is None or find_spec("nvidia.dali") is None:
-        return (
-            "none",
-            "DALI is not installed: decoding runs on the CPU with PyAV (pip install 'avstore[gpu]' on Linux + CUDA)",
-        )
-    import nvidia.dali as dali
+    missing = dali.why_not("dali")
+    if missing is None:
+        return "ok", f"{dali.installed()}: ingest --decode dali works"
+    there = dali.installed()
+    if there is None:
+        return "none", "not installed: pictures are decoded by PyAV on the CPU"
+    if (broken := dali.why_not("dali-cpu")) is not None:
+        return "broken", f"{there}: {broken}"
+    return "ok", f"{there}, on the CPU alone (VP8, VP9, MJPEG: --decode dali-cpu); {missing}"
 
-    return "ok", f"DALI {dali.__version__}"
+
+def _driver() -> tuple[str, str]:
+    import ctypes
+
+    from avstore.dali import cuda_devices
+
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "none", "no NVIDIA driver (libcuda.so.1): everything runs on the CPU"
+    number = ctypes.c_int(0)
+    driver.cuDriverGetVersion(ctypes.byref(number))
+    cuda = f"up to CUDA {number.value // 1000}.{number.value % 1000 // 10}"
+    version = ""
+    with contextlib.suppress(OSError):
+        words = Path("/proc/driver/nvidia/version").read_text().splitlines()[0].split()
+        version = next((f"{w}, " for w in words if w[:1].isdigit() and w.count(".") >= 1), "")
+    count = cuda_devices()
+    return ("ok" if count else "none"), f"{version}{cuda}, {count} devices"
+
+
+def _nvdec() -> tuple[str, str]:
+    from avstore.dali import cuda_devices, has_nvdec
+
+    if has_nvdec():
+        return "ok", "libnvcuvid.so.1 is there"
+    if cuda_devices():
+        return "none", "a device, but no libnvcuvid.so.1: its video decoder cannot be reached; pictures by PyAV"
+    return "none", "no libnvcuvid.so.1: pictures are decoded on the CPU"
+
+
+def _nvimagecodec() -> tuple[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    for name in ("nvidia-nvimgcodec-cu13", "nvidia-nvimgcodec-cu12"):
+        with contextlib.suppress(PackageNotFoundError):
+            return "ok", f"{name} {version(name)}: --decode dali-nvjpeg encodes JPEG on the device"
+    return "none", "not installed: JPEG is encoded on the CPU"
 
 
 def _memory() -> tuple[str, str]:

@@ -144,9 +144,7 @@ def test_segments(start: Fraction | None, end: Fraction | None, tmp_path: Path) 
     st.tuples(st.booleans(), st.booleans(), st.booleans()),
     st.sampled_from(["short", "pad", "stretch"]),
 )
-def test_laying_a_batch_is_laying_each(
-    width: int, height: int, turn: tuple[bool, bool, bool], mode: str
-) -> None:
+def test_laying_a_batch_is_laying_each(width: int, height: int, turn: tuple[bool, bool, bool], mode: str) -> None:
     how = fit(width, height, (32, 48), turn=turn, mode=mode)
     w, h = how.scale
     pictures = np.random.default_rng(0).integers(0, 256, (2, h, w, 3), np.uint8)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from avstore.errors import ExtraMissingError, UsageError, did_you_mean
-from trainers import draws
+from trainers import draws, search
 
 Mode = Literal["uniform", "hard", "mixed"]
 MODES = ("uniform", "hard", "mixed")
@@ -92,11 +92,11 @@ def nearest(
     """(N, 2 * depth) int32: for each eligible row its nearest eligible rows by sight (first half) and by sound.
 
     Inner products of the unit vectors; the excluded rows (negative entries: none) are left out. An ineligible row gets
-    -1 throughout. `engine`: `faiss` (CPU; exact, flat), `torch`, `auto` (faiss on a CPU). At D = 128 FAISS wants 1,000
-    queries in a call: below n * D = 128,000 it leaves BLAS and is several times slower. Raises UsageError when fewer
-    than depth + E + 1 rows are eligible.
+    -1 throughout. `engine`: as `search.choose`; the rows are the same with each. At D = 128 FAISS wants 1,000 queries
+    in a call: below n * D = 128,000 it leaves BLAS and is several times slower. Raises UsageError when fewer than
+    depth + E + 1 rows are eligible.
     """
-    use_faiss = choose_engine(engine, memory_N2D)
+    search.choose(engine, memory_N2D.device)
     rows = eligible_N.nonzero()[:, 0]
     wanted = depth + excluded_NE.shape[1]
     if depth < 1 or wanted + 1 > len(rows):
@@ -108,9 +108,9 @@ def nearest(
     pool = torch.full((len(memory_N2D), 2 * depth), -1, dtype=torch.int32, device=memory_N2D.device)
     for modality in (0, 1):
         keys = memory_N2D[:, modality] if len(rows) == len(memory_N2D) else memory_N2D[rows, modality]
-        keys = keys.contiguous()
+        keys = keys.float().contiguous()
         for part in torch.arange(len(rows), device=rows.device).split(block):
-            found = rows[_search(keys, keys[part], wanted + 1, use_faiss)]
+            found = rows[search.nearest_rows(keys[part], keys, wanted + 1, engine, check=False).rows]
             own = rows[part]
             bad = found == own[:, None]
             for column in excluded_NE[own].unbind(1):
@@ -142,9 +142,3 @@ def inner_product_search(queries: Tensor, keys: Tensor, count: int) -> tuple[Ten
         metric=faiss.METRIC_INNER_PRODUCT,
     )
     return torch.from_numpy(scores), torch.from_numpy(found)
-
-
-def _search(keys: Tensor, queries: Tensor, count: int, use_faiss: bool) -> Tensor:
-    if use_faiss:
-        return inner_product_search(queries, keys, count)[1]
-    return (queries @ keys.T).topk(count, dim=1).indices

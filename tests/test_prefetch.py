@@ -1,0 +1,126 @@
+"""One batch ahead: order, what waits for what, and the end; on a stand-in for CUDA's streams that writes down calls."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from trainers.prefetch import Ahead, ahead, tensors_of
+
+
+@dataclass
+class Fed:
+    number: int
+    x: torch.Tensor
+
+
+class Feed:
+    """Batches 0 .. n-1; writes down when each is launched and on which stream."""
+
+    def __init__(self, n: int, log: list[str], now: list[str]) -> None:
+        self.left, self.log, self.now, self.closed = list(range(n)), log, now, False
+        self.order = "of the feed"
+
+    def __iter__(self) -> Iterator[Fed]:
+        return self
+
+    def __next__(self) -> Fed:
+        if not self.left:
+            raise StopIteration
+        k = self.left.pop(0)
+        self.log.append(f"launch {k} on {self.now[-1]}")
+        return Fed(k, torch.tensor([k]))
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class Cuda:
+    """The part of torch.cuda that is used, for two streams by name."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.now = ["compute"]
+        outer = self
+
+        class Stream:
+            device = torch.device("cpu")
+
+            def __init__(self, name: str) -> None:
+                self.name = name
+
+            def wait_stream(self, other: Any) -> None:
+                outer.log.append(f"{self.name} waits for {other.name}")
+
+            def wait_event(self, event: str) -> None:
+                outer.log.append(f"{self.name} waits for {event}")
+
+            def record_event(self) -> str:
+                return f"event {sum('launch' in line for line in outer.log)}"
+
+            def synchronize(self) -> None:
+                outer.log.append(f"cpu waits for {self.name}")
+
+        self.side, self.compute = Stream("side"), Stream("compute")
+
+    def current_stream(self, device: Any) -> Any:
+        return self.compute
+
+    @contextlib.contextmanager
+    def stream(self, stream: Any) -> Iterator[None]:
+        self.now.append(stream.name)
+        yield
+        self.now.pop()
+
+
+@pytest.fixture(autouse=True)
+def recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
+
+
+def test_one_batch_is_launched_ahead_and_waited_for_by_the_stream() -> None:
+    cuda = Cuda()
+    feed = Feed(3, cuda.log, cuda.now)
+    fed = Ahead(feed, cuda.side, lambda: True, cuda)
+    assert next(fed).number == 0
+    assert cuda.log == [
+        "side waits for compute",
+        "launch 0 on side",
+        "compute waits for event 1",
+        "side waits for compute",
+        "launch 1 on side",
+    ]
+    assert [b.number for b in fed] == [1, 2] and fed.early == 2
+    with pytest.raises(StopIteration):
+        next(fed)
+    assert fed.order == "of the feed"
+    fed.close()
+    assert feed.closed and cuda.log[-1] == "cpu waits for side"
+
+
+def test_a_batch_that_is_not_ready_is_not_waited_for() -> None:
+    cuda = Cuda()
+    fed = Ahead(Feed(3, cuda.log, cuda.now), cuda.side, lambda: False, cuda)
+    next(fed)
+    assert [line for line in cuda.log if "launch" in line] == ["launch 0 on side"]
+    assert [b.number for b in fed] == [1, 2] and fed.early == 0
+
+
+def test_an_empty_feed_ends() -> None:
+    cuda = Cuda()
+    assert list(Ahead(Feed(0, cuda.log, cuda.now), cuda.side, lambda: True, cuda)) == []
+
+
+def test_on_a_cpu_the_feed_comes_back() -> None:
+    feed = Feed(1, [], ["compute"])
+    assert ahead(feed, torch.device("cpu")) is feed
+
+
+def test_tensors_of_anything() -> None:
+    one = torch.ones(1)
+    assert len(list(tensors_of({"a": [one, (one, None)], "b": Fed(1, one), "c": "x"}))) == 3

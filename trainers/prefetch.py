@@ -1,0 +1,92 @@
+"""One batch ahead, on a stream of its own: copies and augmentation of the next batch run beside this step's compute.
+
+    feed = ahead(Feed(...), device)
+
+The reader's slots are pinned, so that a copy does not block; but on the stream of the compute it would still wait for
+it. Here the next batch is launched on a second stream, and the compute stream waits for an event, not the CPU. Only a
+batch that the reader has ready is launched early: a slow reader never keeps the compute from being launched. On a CPU
+the feed comes back as it is. Batches, their order and their bits are those of the feed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def ahead(feed: Any, device: torch.device, ready: Callable[[], bool] | None = None) -> Any:
+    """`feed` (an iterator of batches with a `close`), one batch ahead where `device` is a CUDA device.
+
+    ready: whether the next batch would come without waiting; default the feed's loader's answer, or always."""
+    if device.type != "cuda":
+        return feed
+    if ready is None:
+        loader = getattr(feed, "loader", None)
+        ready = loader.ready if loader is not None else lambda: True
+    return Ahead(feed, torch.cuda.Stream(device), ready)
+
+
+class Ahead(Iterator[Any]):
+    """See the top of this file. `stream`: a CUDA stream, or anything with its methods (tests)."""
+
+    def __init__(self, feed: Any, stream: Any, ready: Callable[[], bool], cuda: Any = torch.cuda) -> None:
+        self.feed, self.stream, self.ready, self.cuda = feed, stream, ready, cuda
+        self._next: tuple[Any, Any] | None = None
+        self._ended = False
+        self.early = 0  # batches that were launched before they were asked for
+
+    def __next__(self) -> Any:
+        if self._next is None:
+            if self._ended:
+                raise StopIteration
+            self._launch()
+        if self._next is None:
+            raise StopIteration
+        (batch, done), self._next = self._next, None
+        current = self.cuda.current_stream(self.stream.device)
+        current.wait_event(done)
+        for tensor in tensors_of(batch):
+            tensor.record_stream(current)  # or its memory would be given out again while this step still reads it
+        if not self._ended and self.ready():
+            self._launch()
+            self.early += self._next is not None
+        return batch
+
+    def _launch(self) -> None:
+        # what the feed's kernels read (means, labels) was written on the compute stream
+        self.stream.wait_stream(self.cuda.current_stream(self.stream.device))
+        with self.cuda.stream(self.stream):
+            try:
+                batch = next(self.feed)
+            except StopIteration:
+                self._ended = True
+                return
+            self._next = batch, self.stream.record_event()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.feed, name)
+
+    def close(self) -> None:
+        """Waits for what was launched, and closes the feed."""
+        self.stream.synchronize()
+        self._next = None
+        self.feed.close()
+
+
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """Every tensor in a batch: a tensor, a dataclass, or a dict, list or tuple of them, however nested."""
+    if isinstance(value, Tensor):
+        yield value
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            yield from tensors_of(getattr(value, field.name))
+    elif isinstance(value, dict):
+        for one in value.values():
+            yield from tensors_of(one)
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from tensors_of(one)
