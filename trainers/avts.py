@@ -22,7 +22,6 @@ What differs from the paper (recalled, its code is not public), and why:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -33,7 +32,7 @@ from trainers import draws
 from trainers.batch import Batch
 from trainers.distributed import all_gather_rows, gather_with_grad
 from trainers.pair import TINY, Metrics, Pair, PairConfig, below, false_partners, not_above, present, seeded, spread
-from trainers.projectors import Projector
+from trainers.projectors import Norm, Projector
 from trainers.towers import unit
 
 __all__ = ["PRESETS", "Avts", "Config", "apart", "clips", "together"]
@@ -110,7 +109,7 @@ class Avts(Pair):
 
     def __init__(self, config: Config, n_rows: int) -> None:
         super().__init__(config)
-        norm: Literal["all", "none"] = "all" if config.head_batch_norm else "none"
+        norm: Norm = "all" if config.head_batch_norm else "none"
         with seeded(config.seed, 1):
             self.video_head = Projector((self.video.dim, config.hidden, config.dim), norm)
             self.audio_head = Projector((self.audio.dim, config.hidden, config.dim), norm)
@@ -150,8 +149,8 @@ class Avts(Pair):
             "loss": loss.detach(),
             "nearer": nearer.sum() / false_N.sum().clamp(min=1),  # true sounds nearer than the false ones
             "hard": hard_N.double().sum() / max(1, len(hard_N)),
-            "spread_video": spread(v_ND),
-            "spread_audio": spread(a_ND),
+            "feature_std_video": spread(v_ND),
+            "feature_std_audio": spread(a_ND),
         }
 
     def _sounds(self, batch: Batch) -> Tensor:

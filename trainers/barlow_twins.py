@@ -98,6 +98,6 @@ class BarlowTwins(Pair):
             "loss": loss.detach(),
             "on_diagonal": on.detach(),
             "off_diagonal": off.detach(),
-            "spread_video": spread(v_ND),
-            "spread_audio": spread(a_ND),
+            "feature_std_video": spread(v_ND),
+            "feature_std_audio": spread(a_ND),
         }

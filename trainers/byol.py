@@ -109,8 +109,8 @@ class Byol(Pair):
             "video_to_audio": v_to_a.detach(),
             "audio_to_video": a_to_v.detach(),
             "target_momentum": self.momentum(),
-            "spread_video": spread(z_v_nD),
-            "spread_audio": spread(z_a_nD),
+            "feature_std_video": spread(z_v_nD),
+            "feature_std_audio": spread(z_a_nD),
         }
 
     def momentum(self) -> float:

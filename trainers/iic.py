@@ -36,7 +36,7 @@ from trainers.batch import Batch
 from trainers.distributed import global_means
 from trainers.negatives import draw_negatives
 from trainers.pair import TINY, Metrics, Pair, PairConfig, below, clips, not_above, present, seeded, spread
-from trainers.projectors import Projector
+from trainers.projectors import Norm, Projector
 from trainers.towers import unit
 
 __all__ = ["PRESETS", "Config", "Iic", "clips", "nce", "repeat_frame", "scores", "shuffle_blocks", "shuffle_frames"]
@@ -134,7 +134,7 @@ class Iic(Pair):
 
     def __init__(self, config: Config, n_rows: int) -> None:
         super().__init__(config)
-        norm = "hidden" if config.head_batch_norm else "none"
+        norm: Norm = "hidden" if config.head_batch_norm else "none"
         with seeded(config.seed, 1):
             self.video_head = Projector((self.video.dim, config.hidden, config.dim), norm)
             self.audio_head = Projector((self.audio.dim, config.hidden, config.dim), norm)
@@ -186,22 +186,23 @@ class Iic(Pair):
             if self.partition is None:
                 here = torch.ones(len(row_n), dtype=torch.bool, device=row_n.device)
                 self.partition = estimate_partition(noise_v.detach(), here)
-            loss_Tn = torch.stack(
+            rows_Tn = torch.stack(
                 [
                     nce(scores(v_nD, own_n2D[:, None, 1], t), noise_v, self.partition),
                     nce(scores(a_nD, own_n2D[:, None, 0], t), noise_a, self.partition),
+                    (v_nD * intra_v_nD).sum(1).detach(),
                 ]
             )
-            v_to_a, a_to_v = global_means(loss_Tn, torch.ones_like(loss_Tn, dtype=torch.bool))
+            v_to_a, a_to_v, cosine = global_means(rows_Tn, torch.ones_like(rows_Tn, dtype=torch.bool))
             loss = (v_to_a + a_to_v) / 2
         return loss, {
             "loss": loss.detach(),
             "video_to_audio": v_to_a.detach(),
             "audio_to_video": a_to_v.detach(),
             "partition": self.partition,
-            "intra_cosine": (v_nD * intra_v_nD).sum(1).detach().sum() / max(1, len(v_nD)),
-            "spread_video": spread(v_nD),
-            "spread_audio": spread(a_nD),
+            "intra_cosine": cosine.detach(),  # of a picture with its timeless self
+            "feature_std_video": spread(v_nD),
+            "feature_std_audio": spread(a_nD),
         }
 
     def after_step(self) -> dict[str, float]:

@@ -105,6 +105,6 @@ class L3(Pair):
         return loss, {
             "loss": loss.detach(),
             "accuracy": right / pairs,
-            "spread_video": spread(v_ND),
-            "spread_audio": spread(a_ND),
+            "feature_std_video": spread(v_ND),
+            "feature_std_audio": spread(a_ND),
         }

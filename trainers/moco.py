@@ -30,7 +30,7 @@ from trainers.distributed import global_means
 from trainers.keys import KeyQueue, in_order
 from trainers.momentum import follow, momentum_copy
 from trainers.pair import TINY, Metrics, Pair, PairConfig, below, clips, not_above, present, seeded, spread
-from trainers.projectors import Projector
+from trainers.projectors import Norm, Projector
 from trainers.towers import unit
 
 __all__ = ["PRESETS", "Config", "MoCo", "clips", "info_nce"]
@@ -79,7 +79,7 @@ class MoCo(Pair):
 
     def __init__(self, config: Config, n_rows: int) -> None:
         super().__init__(config)
-        norm = "hidden" if config.head_batch_norm else "none"
+        norm: Norm = "hidden" if config.head_batch_norm else "none"
         with seeded(config.seed, 1):
             self.video_head = Projector((self.video.dim, config.hidden, config.dim), norm)
             self.audio_head = Projector((self.audio.dim, config.hidden, config.dim), norm)
@@ -118,8 +118,8 @@ class MoCo(Pair):
             "audio_to_video": a_to_v.detach(),
             "queue": float(len(self.audio_keys)),
             "filled": self.audio_keys.filled(),
-            "spread_video": spread(v_nD),
-            "spread_audio": spread(a_nD),
+            "feature_std_video": spread(v_nD),
+            "feature_std_audio": spread(a_nD),
         }
 
     def after_step(self) -> dict[str, float]:

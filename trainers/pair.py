@@ -29,6 +29,7 @@ from trainers.batch import Batch
 from trainers.encoders import Encoder, encode, has_local_batch_norm
 from trainers.needs import Needs
 from trainers.sound_image import sound_image
+from trainers.spread import feature_std
 from trainers.towers import at_least_float32, unit
 
 CYCLE = 0x6379636C  # stream of `trainers.draws`: "cycl"
@@ -154,8 +155,13 @@ class Pair(nn.Module):
             raise UsageError("a batch without pictures or without sound", "this method trains on both")
         return batch.video, self.hear(batch.audio, batch.sound_share, batch if self.training else None)
 
-    def embed(self, video: Tensor | None = None, audio: Tensor | None = None) -> dict[str, Tensor]:
-        """'video', 'audio': head outputs of unit length; 'video-trunk', 'audio-trunk': pooled features as they are."""
+    def embed(
+        self, video: Tensor | None = None, audio: Tensor | None = None, sound_share: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """'video', 'audio': head outputs of unit length; 'video-trunk', 'audio-trunk': pooled features as they are.
+
+        sound_share: as `Batch.sound_share`; only a sound image asks for it.
+        """
         if video is None and audio is None:
             raise UsageError("nothing to embed", "neither video nor audio was given")
         out: dict[str, Tensor] = {}
@@ -163,7 +169,7 @@ class Pair(nn.Module):
             trunk = self.video(video)
             out |= {"video": unit(self.video_head(trunk)), "video-trunk": at_least_float32(trunk)}
         if audio is not None:
-            trunk = self.audio(self.hear(audio))
+            trunk = self.audio(self.hear(audio, sound_share))
             out |= {"audio": unit(self.audio_head(trunk)), "audio-trunk": at_least_float32(trunk)}
         return out
 
@@ -204,10 +210,10 @@ def present(nets: Sequence[nn.Module], x: Tensor, here_B: Tensor) -> Tensor:
 
 
 def predict(net: nn.Module, x_nD: Tensor) -> Tensor:
-    """A predictor's (n, D); for no clip at all no row, but the (zero) gradient that DDP asks of each parameter."""
+    """A predictor's (n, D); of no clip no row, but the (zero) gradient that DDP asks of each parameter behind."""
     if len(x_nD) or not has_local_batch_norm(net):
         return net(x_nD)
-    nothing = torch.stack([p.sum() for p in net.parameters()]).sum() * 0
+    nothing = torch.stack([x_nD.sum(), *(p.sum() for p in net.parameters())]).sum() * 0
     return x_nD.new_zeros(0, int(net.dim)) + nothing  # type: ignore[arg-type]
 
 
@@ -232,10 +238,5 @@ def false_partners(batch: Batch, position_N: Tensor, row_N: Tensor) -> tuple[Ten
 
 
 def spread(x_nD: Tensor) -> Tensor:
-    """Collapse monitor (SimSiam, Fig. 2): sqrt(D) times the mean over dimensions of the deviation of the unit vectors.
-
-    0: all alike; about 1: spread over the sphere. Without gradient.
-    """
-    if not len(x_nD):
-        return x_nD.new_zeros(())
-    return unit(x_nD.detach()).std(0, correction=0).mean() * x_nD.shape[1] ** 0.5
+    """`feature_std` of the directions of the clips that are here; 0: collapse, about 1: all over the sphere."""
+    return feature_std(unit(x_nD), torch.ones(len(x_nD), dtype=torch.bool, device=x_nD.device))

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from trainers.batch import Batch
 from trainers.distributed import gather_with_grad
 from trainers.pair import TINY, Metrics, Pair, PairConfig, below, clips, not_above, present, seeded, spread
-from trainers.projectors import Projector
+from trainers.projectors import Norm, Projector
 from trainers.towers import unit
 
 __all__ = ["PRESETS", "Config", "SimClr", "clips", "nt_xent"]
@@ -58,6 +58,8 @@ def nt_xent(v_ND: Tensor, a_ND: Tensor, temperature: float) -> Tensor:
     """
     z = torch.cat([v_ND, a_ND])
     n = len(v_ND)
+    if not n:
+        return z.sum(1)
     score = z @ z.T / temperature
     score = score.masked_fill(torch.eye(2 * n, dtype=torch.bool, device=z.device), -torch.inf)
     partner = torch.arange(2 * n, device=z.device).roll(n)
@@ -74,7 +76,7 @@ class SimClr(Pair):
 
     def __init__(self, config: Config, n_rows: int) -> None:
         super().__init__(config)
-        norm = "hidden" if config.head_batch_norm else "none"
+        norm: Norm = "hidden" if config.head_batch_norm else "none"
         with seeded(config.seed, 1):
             self.video_head = Projector((self.video.dim, config.hidden, config.dim), norm)
             self.audio_head = Projector((self.audio.dim, config.hidden, config.dim), norm)
@@ -88,11 +90,12 @@ class SimClr(Pair):
         with torch.autocast(v_nD.device.type, enabled=False):
             v_ND, a_ND = gather_with_grad(v_nD), gather_with_grad(a_nD)
             loss = nt_xent(v_ND, a_ND, self.config.temperature).sum() / max(1, 2 * len(v_ND))
-            found = (v_ND @ a_ND.T).detach().argmax(1) == torch.arange(len(v_ND), device=v_ND.device)
+            score = (v_ND @ a_ND.T).detach()
+            found = score.diagonal() >= score.amax(1) if len(v_ND) else score.diagonal()
         return loss, {
             "loss": loss.detach(),
             "negatives": float(max(0, 2 * len(v_ND) - 2)),
             "matched": found.double().sum() / max(1, len(v_ND)),  # sounds found by their pictures
-            "spread_video": spread(v_ND),
-            "spread_audio": spread(a_ND),
+            "feature_std_video": spread(v_ND),
+            "feature_std_audio": spread(a_ND),
         }

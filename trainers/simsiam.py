@@ -9,7 +9,7 @@ keeps the embeddings apart. It is CrissCross' synchronous loss with one view: th
 What differs from the papers, and why:
 * Cross-modal: the two views are the picture and the sound of a video, in networks of their own (S1).
 * Projector 3 x 2048, normalised in all layers, predictor 2048-512-2048, normalised in the hidden one: SimSiam's own.
-* The loss of collapsed embeddings is -1, its minimum: watch `spread_video` and `spread_audio`, which then fall to 0
+* The loss of collapsed embeddings is -1, its minimum: watch `feature_std_video` and `_audio`, which then fall to 0
   (SimSiam, Fig. 2, times sqrt(D)).
 """
 
@@ -86,6 +86,6 @@ class SimSiam(Pair):
             "loss": loss.detach(),
             "video_to_audio": v_to_a.detach(),
             "audio_to_video": a_to_v.detach(),
-            "spread_video": spread(z_v_nD),
-            "spread_audio": spread(z_a_nD),
+            "feature_std_video": spread(z_v_nD),
+            "feature_std_audio": spread(z_a_nD),
         }

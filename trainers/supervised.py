@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from avstore.errors import UsageError, did_you_mean
 from trainers.batch import Batch
 from trainers.distributed import global_means
+from trainers.encoders import Encoder
 from trainers.needs import Needs
 from trainers.pair import TINY, Metrics, Pair, PairConfig, clips, present, seeded
 
@@ -97,7 +98,7 @@ class Supervised(Pair):
             )  # fmt: skip
         super().__init__(config, config.needs())
         self.classes = classes
-        width = sum(int(net.dim) for net in self._nets())  # type: ignore[arg-type]
+        width = sum(net.dim for net in self._nets())
         with seeded(config.seed, 1):
             self.classifier = nn.Sequential(
                 nn.Linear(width, config.hidden), nn.ReLU(inplace=True), nn.Dropout(config.dropout),
@@ -105,9 +106,9 @@ class Supervised(Pair):
             )  # fmt: skip
         self.video_head = self.audio_head = nn.Identity()
 
-    def _nets(self) -> list[nn.Module]:
+    def _nets(self) -> list[Encoder]:
         names = (("v", "video"), ("a", "audio"))
-        return [self.get_submodule(name) for letter, name in names if letter in self.config.modality]
+        return [getattr(self, name) for letter, name in names if letter in self.config.modality]
 
     def logits(self, batch: Batch, here_B: Tensor) -> Tensor:
         """(n, C) of the clips that are here."""
@@ -141,8 +142,10 @@ class Supervised(Pair):
             loss, accuracy = global_means(rows, torch.ones_like(rows, dtype=torch.bool))
         return loss, {"loss": loss.detach(), "accuracy": accuracy.detach()}
 
-    def embed(self, video: Tensor | None = None, audio: Tensor | None = None) -> dict[str, Tensor]:
+    def embed(
+        self, video: Tensor | None = None, audio: Tensor | None = None, sound_share: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """As `Pair.embed`, of the modalities that were trained; the others are left out."""
         video = video if "v" in self.config.modality else None
         audio = audio if "a" in self.config.modality else None
-        return {} if video is None and audio is None else super().embed(video, audio)
+        return {} if video is None and audio is None else super().embed(video, audio, sound_share)

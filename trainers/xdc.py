@@ -146,8 +146,9 @@ class Xdc(Pair):
                 "one bank holds both",
                 "choose networks of equal width",
             )
-        self.video_classifier = nn.Linear(self.video.dim, config.clusters)
-        self.audio_classifier = nn.Linear(self.audio.dim, config.clusters)
+        with seeded(config.seed):
+            self.video_classifier = nn.Linear(self.video.dim, config.clusters)
+            self.audio_classifier = nn.Linear(self.audio.dim, config.clusters)
         self.video_head = self.audio_head = nn.Identity()
         self.bank = MemoryBank(n_rows, self.video.dim, config.seed, momentum=0.0)
         self.round = 0  # 0: collecting; from 1 on, clusterings made
@@ -211,7 +212,11 @@ class Xdc(Pair):
             mask_n2 = torch.ones(len(row_n), 2, dtype=torch.bool, device=row_n.device)
             kept = torch.stack([unit(v_nD), unit(a_nD)], 1).detach()
             self._pending.append((batch.position[both_B], row_n, kept, mask_n2))
-        metrics: Metrics = {"round": float(self.round), "spread_video": spread(v_nD), "spread_audio": spread(a_nD)}
+        metrics: Metrics = {
+            "round": float(self.round),
+            "feature_std_video": spread(v_nD),
+            "feature_std_audio": spread(a_nD),
+        }
         if self.round == 0:
             loss = torch.stack([p.sum() for p in self.parameters() if p.requires_grad]).sum() * 0
             return loss, metrics | {"loss": loss.detach()}
