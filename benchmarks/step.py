@@ -51,8 +51,8 @@ class Sizes:
     """How much is measured."""
 
     rows: int = 2000  # videos of the synthetic selection
-    rounds: int = 5
-    steps: int = 3  # of each kind in a round
+    rounds: int = 3
+    steps: int = 1  # of each kind in a round
     banks: tuple[int, ...] = (10_000, 100_000, 1_000_000)
     mining: tuple[int, ...] = (10_000, 100_000)
     queries: int = 512  # below 500, faiss leaves BLAS
@@ -287,7 +287,7 @@ def memory(asked: _Asked) -> Table:
         }
         for call in calls.values():
             call()
-        times = _in_turn(calls, sizes.rounds, sizes.steps, device, lambda *a: None, "bank")
+        times = _in_turn(calls, sizes.rounds, 10 * sizes.steps, device, lambda *a: None, "bank")
         table.append({"videos": n, "bank MB": bank.memory.numel() * 4 / 1e6,
                       **{name: 1000 * statistics.median(s) for name, s in times.items()}})  # fmt: skip
         del bank, calls, sample, index

@@ -17,7 +17,7 @@ def step(
     only: Annotated[
         list[str] | None, typer.Option(help="overhead, rates, bank, mining; repeatable. Default: all.")
     ] = None,
-    rounds: Annotated[int, typer.Option(help="In each, everything that is compared runs once.")] = 5,
+    rounds: Annotated[int, typer.Option(help="In each, everything that is compared runs once.")] = 3,
     mine: Annotated[
         list[int] | None, typer.Option(metavar="N", help="Videos of the banks mined; repeatable. Default: 1e4, 1e5.")
     ] = None,

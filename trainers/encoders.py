@@ -80,6 +80,23 @@ class Encoder(nn.Module):
         return (F.adaptive_max_pool2d(last, 1) if self.pool == "max" else F.adaptive_avg_pool2d(last, 1)).flatten(1)
 
 
+class PaddedConv2d(nn.Conv2d):
+    """A Conv2d without bias, zero padded by half its kernel; weights and state names are those of nn.Conv2d.
+
+    A map smaller than the kernel is padded by hand: with oneDNN and bf16 a convolution of stride 2 gives wrong weight
+    gradients there, mostly inf; outputs and input gradients are right (`tests/test_bf16.py`).
+    """
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1) -> None:
+        super().__init__(inputs, outputs, kernel, stride, kernel // 2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        k = self.kernel_size[0]
+        if min(x.shape[2:]) >= k:
+            return super().forward(x)
+        return F.conv2d(F.pad(x, (k // 2,) * 4), self.weight, None, self.stride)
+
+
 class _Residual(nn.Module):
     """Spatial, temporal, spatial, temporal; the sum with the shortcut, then its normalisation."""
 
@@ -195,8 +212,7 @@ def require_audio(x: Tensor) -> None:
 
 
 def _conv2d(inputs: int, outputs: int, kernel: int, stride: int) -> list[nn.Module]:
-    convolution = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
-    return [convolution, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+    return [PaddedConv2d(inputs, outputs, kernel, stride), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
 
 
 def initialise(net: nn.Module) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from avstore.errors import UsageError, did_you_mean
-from trainers.encoders import Encoder, Pool, check_net, initialise
+from trainers.encoders import Encoder, PaddedConv2d, Pool, check_net, initialise
 from trainers.resnet3d import classifier, classify
 
 DEPTHS: dict[int, tuple[int, int, int, int]] = {
@@ -26,23 +26,6 @@ DEPTHS: dict[int, tuple[int, int, int, int]] = {
     18: (2, 2, 2, 2),
     34: (3, 4, 6, 3),
 }
-
-
-class PaddedConv2d(nn.Conv2d):
-    """A Conv2d without bias, zero padded by half its kernel; weights and state names are those of nn.Conv2d.
-
-    A map smaller than the kernel is padded by hand: with bf16 on a CPU the library's own padding is not to be trusted
-    there (see `encoders.TimePaddedConv3d`).
-    """
-
-    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1) -> None:
-        super().__init__(inputs, outputs, kernel, stride, kernel // 2, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        k = self.kernel_size[0]
-        if min(x.shape[2:]) >= k:
-            return super().forward(x)
-        return F.conv2d(F.pad(x, (k // 2,) * 4), self.weight, None, self.stride)
 
 
 class _Block(nn.Module):
