@@ -1,0 +1,129 @@
+"""Training fed from a store against the same step on a batch that is there already, and the loader by itself."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import avstore
+from benchmarks import demo_set
+from benchmarks.gpu import Bench, Row
+from trainers import data
+from trainers.config import RunConfig, resolve
+from trainers.loop import Meter, Trainer
+from trainers.prefetch import ahead
+from trainers.snapshot import take_snapshot
+
+
+def configuration(bench: Bench) -> RunConfig:
+    """AVID on 16 frames of 112 pixels, its own nets; tiny ones at toy size."""
+    common = [f"device={bench.device}", "statistics_clips=16", "seed=0", "draws=50", "epochs=1000"]
+    if bench.cuda:
+        wanted = ["frames=16", "size=112", f"batch={bench.size.batch}", "negatives=1024", "decode_threads=8"]
+        return resolve("avid", sets=[*common, *wanted])
+    tiny = ["video_depth=10", "width=4", "hidden=8", "dim=8", "small=true", "frames=4", "fps=8", "size=32",
+            "seconds=0.5", "front_end=avid-linear129", "negatives=6", "batch=4", "in_process=true", "threads=1",
+            "precision=fp32"]  # fmt: skip
+    return resolve("avid", sets=[*common, *tiny])
+
+
+def media_store(folder: Path, clips: int, seconds: int, **options: Any) -> avstore.Store:
+    """A store of generated clips with sight and sound."""
+    demo_set.generate(folder / "media", train=clips, test=0, seconds=seconds, workers=1)
+    avstore.ingest(folder / "media", folder / "media.zarr", front_ends=(), **options)
+    return avstore.open(folder / "media.zarr")
+
+
+def store_against_synthetic(bench: Bench) -> Iterator[Row]:
+    """Clips a second on one batch again and again, from the store, from the store one batch ahead; the share of the
+    time that waits for data; the loader alone."""
+    size: dict[str, Any] = {} if bench.cuda else {"size": (32, 48), "fps": 8, "workers": 1}
+    clips = 256 if bench.cuda else 6
+    with media_store(bench.folder, clips, 4 if bench.cuda else 1, **size) as store:
+        config = configuration(bench)
+        snapshot = take_snapshot(store, config)
+        device = torch.device(bench.device)
+        feed = data.Feed(store, snapshot, config, device, data.Plan(len(snapshot.numbers), config))
+        try:
+            trainer = Trainer(config.name, store, config, snapshot, bench.folder / "run", device)
+            one = next(feed)
+            still = data.Fed(_kept(one.batch), 0.0, 0.0, one.clips)
+            synthetic, _ = _timed(bench, trainer, _Again(still))
+            yield {"what": f"training step on one batch of {one.clips}", "value": synthetic, "unit": "clips/s"}
+            rate, meter = _timed(bench, trainer, feed)
+            yield {
+                "what": "training from the store",
+                "value": rate,
+                "unit": "clips/s",
+                "limit": synthetic,
+                "note": f"prepare {1e3 * meter['prepare_s']:.1f} ms, compute {1e3 * meter['compute_s']:.1f} ms a step",
+            }
+            yield {"what": "share of a step that waits for data", "value": meter["share"], "unit": "",
+                   "note": "at most 0.01 is asked"}  # fmt: skip
+            if bench.cuda:
+                rate, meter = _timed(bench, trainer, ahead(feed, device))
+                yield {
+                    "what": "from the store, copies one batch ahead on their own stream",
+                    "value": rate,
+                    "unit": "clips/s",
+                    "limit": synthetic,
+                    "note": f"waits for data {meter['share']:.2%}",
+                }
+            alone = _loader_alone(bench, feed)
+            yield {"what": "the loader alone, to the CPU's memory", "value": alone, "unit": "clips/s",
+                   "note": f"{alone / synthetic:.1f} times the training; 3 are asked"}  # fmt: skip
+        finally:
+            feed.close()
+
+
+def _kept(batch: Any) -> Any:
+    """The batch with tensors of its own, not the feed's slot."""
+    import dataclasses
+
+    copied = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
+    return dataclasses.replace(batch, **{k: v.clone() for k, v in copied.items() if isinstance(v, torch.Tensor)})
+
+
+class _Again(Iterator[data.Fed]):
+    """One batch for ever. Positions move on, as a bank asks for distinct ones only inside a step."""
+
+    def __init__(self, fed: data.Fed) -> None:
+        self.fed = fed
+
+    def __next__(self) -> data.Fed:
+        return self.fed
+
+
+def _timed(bench: Bench, trainer: Trainer, feed: Any) -> tuple[float, dict[str, float]]:
+    """Clips a second of training steps, and the means of their times."""
+    for _ in range(3 if bench.cuda else 1):
+        trainer.step(feed)
+    if bench.cuda:
+        torch.cuda.synchronize()
+    meter, began, clips = Meter(1), time.perf_counter(), 0
+    while True:
+        trainer.step(feed, meter)
+        clips = meter.clips
+        if time.perf_counter() - began >= 2 * bench.size.seconds:
+            break
+    if bench.cuda:
+        torch.cuda.synchronize()
+    wall = time.perf_counter() - began
+    means = {"prepare_s": meter.prepare / meter.steps, "compute_s": meter.compute / meter.steps}
+    return clips / wall, {**means, "share": meter.data / wall}
+
+
+def _loader_alone(bench: Bench, feed: data.Feed) -> float:
+    began, clips, first = time.perf_counter(), 0, True
+    for batch in feed.loader.steps(0):
+        if first:  # the reader starts with an empty pipe
+            began, first = time.perf_counter(), False
+            continue
+        clips += len(batch)
+        if time.perf_counter() - began >= bench.size.seconds:
+            break
+    return clips / (time.perf_counter() - began)

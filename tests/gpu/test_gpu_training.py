@@ -1,0 +1,102 @@
+"""Training on a device: resumed runs, repeated runs, the CPU's numbers, Adam through a checkpoint, SyncBatchNorm."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import config, differing, store_in, tensors
+
+from avstore.errors import InterruptedRun
+from benchmarks.gpu_train import adam_difference, batch_norm_difference
+from trainers import data
+from trainers.loop import Event, Trainer, train
+from trainers.prefetch import ahead
+from trainers.run import Run
+from trainers.snapshot import take_snapshot
+
+SETS = ("device=cuda", "in_process=false", "checkpoint_every=2")
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path: Path, device: torch.device) -> None:
+    import os
+    import signal
+
+    store = store_in(tmp_path)
+    whole = train("avid", store, config(*SETS), tmp_path / "whole").run
+
+    def stop(event: Event) -> None:
+        if event.kind == "step" and event.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(InterruptedRun):
+        train("avid", store, config(*SETS), tmp_path / "parts", on_event=stop)
+    assert Run(tmp_path / "parts").checkpoint().step == 3
+    parts = train("avid", store, config(*SETS), tmp_path / "parts").run
+    assert differing(tensors(whole), tensors(parts)) == []
+
+
+def test_the_same_run_twice_is_the_same_to_the_bit(tmp_path: Path, device: torch.device) -> None:
+    store = store_in(tmp_path)
+    runs = [train("avid", store, config(*SETS), tmp_path / name).run for name in ("a", "b")]
+    assert differing(*(tensors(r) for r in runs)) == []
+
+
+def test_the_device_computes_what_the_cpu_does(tmp_path: Path, device: torch.device) -> None:
+    """In float64, where rounding cannot hide a mistake; SGD, since Adam hides the gradient's scale."""
+    store = store_in(tmp_path)
+    how = ("precision=fp64", "optimiser=sgd", "learning_rate=0.0001", "temperature=0.5", "in_process=false")
+    a, b = (
+        tensors(train("avid", store, config(*how, f"device={d}"), tmp_path / d).run) for d in ("cpu", "cuda")
+    )  # fmt: skip
+    assert a.keys() == b.keys()
+    for name, x in a.items():
+        if x.dtype == torch.float64:
+            assert torch.allclose(x, b[name], atol=1e-8, rtol=1e-6), name
+
+
+def test_one_batch_ahead_gives_the_same_batches(tmp_path: Path, device: torch.device) -> None:
+    store = store_in(tmp_path)
+    cfg = config(*SETS)
+    snapshot = take_snapshot(store, cfg)
+    plan = data.Plan(len(snapshot.numbers), cfg)
+
+    def batches(early: bool) -> list[data.Fed]:
+        feed = data.Feed(store, snapshot, cfg, device, plan)
+        wrapped = ahead(feed, device) if early else feed
+        try:
+            return [next(wrapped) for _ in range(plan.total_steps)]
+        finally:
+            wrapped.close()
+
+    for one, two in zip(batches(False), batches(True), strict=True):
+        assert torch.equal(one.batch.row, two.batch.row)
+        assert one.batch.video is not None and one.batch.audio is not None
+        assert torch.equal(one.batch.video, two.batch.video) and torch.equal(one.batch.audio, two.batch.audio)
+
+
+def test_training_one_batch_ahead_ends_with_the_same_bits(tmp_path: Path, device: torch.device) -> None:
+    store = store_in(tmp_path)
+    cfg = config(*SETS)
+    ends = []
+    for early in (False, True):
+        snapshot = take_snapshot(store, cfg)
+        trainer = Trainer("avid", store, cfg, snapshot, tmp_path / str(early), device)
+        feed = data.Feed(store, snapshot, cfg, device, trainer.plan)
+        fed = ahead(feed, device) if early else feed
+        try:
+            for _ in range(4):
+                trainer.step(fed)
+        finally:
+            fed.close()
+        ends.append({k: v.clone() for k, v in trainer.method.state_dict().items()})
+    assert differing(*ends) == []
+
+
+def test_fused_adam_goes_through_a_checkpoint(tmp_path: Path, device: torch.device) -> None:
+    assert adam_difference(str(device), tmp_path) == 0
+
+
+def test_sync_batch_norm_in_two_processes_is_one_process(device: torch.device) -> None:
+    assert batch_norm_difference(str(device)) < 1e-10

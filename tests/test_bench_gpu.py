@@ -1,0 +1,112 @@
+"""`bench gpu`: at toy size on a CPU it runs, part by part, and what fails costs that part alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+from avstore.errors import UsageError
+from benchmarks import gpu, gpu_train
+from benchmarks.gpu import PARTS, Bench, Part, Report, Row
+from cli import bench_gpu
+
+QUICK = ("limits", "train", "jpeg", "bank", "search", "adam", "batch-norm")
+
+
+def run(*parts: str, **how: object) -> Report:
+    return gpu.run(device="cpu", parts=parts, **how)  # type: ignore[arg-type]
+
+
+def test_quick_parts_on_a_cpu(tmp_path: Path) -> None:
+    report = run(*QUICK)
+    assert list(report.parts) == [p for p in PARTS if p in QUICK] and report.size == "toy"
+    assert {name: part["why"] for name, part in report.parts.items() if part["why"]} == {}
+    rows = {row["what"]: row for part in report.parts.values() for row in part["rows"]}
+    for row in rows.values():
+        assert row.get("value") is not None or row["note"], row  # measured, or why not
+    steps = [r for r in report.parts["train"]["rows"] if r.get("value")]
+    assert steps and all(r["limit"] > 0 and r["of"] == pytest.approx(r["value"] / r["limit"]) for r in steps)
+    (adam,) = report.parts["adam"]["rows"]
+    assert adam["value"] == 0
+    assert all(r["value"] == 1 for r in report.parts["search"]["rows"] if r["what"].startswith("queries with"))
+    assert "refuses a CPU" in report.parts["batch-norm"]["rows"][0]["note"]
+    as_json, as_markdown = report.write(tmp_path / "out")
+    assert json.loads(as_json.read_text())["parts"].keys() == report.parts.keys()
+    text = as_markdown.read_text()
+    assert "these numbers show that the script runs, and nothing else" in text and "| what | value |" in text
+
+
+@pytest.mark.slow
+def test_all_parts_on_a_cpu(tmp_path: Path) -> None:
+    report = run(minutes=30)
+    assert list(report.parts) == list(PARTS)
+    assert {name: part["why"] for name, part in report.parts.items() if part["why"]} == {}
+    retrieval = [r for r in report.parts["run"]["rows"] if r["what"].startswith("R@1")]
+    assert retrieval and all(0 <= r["value"] <= 1 for r in retrieval)
+    assert next(r for r in report.parts["ingest"]["rows"] if r["what"].startswith("ingest --decode pyav"))["value"] > 0
+
+
+def breaks(bench: Bench) -> Iterator[Row]:
+    yield {"what": "before", "value": 1.0}
+    raise ValueError("no such\ncard")
+
+
+def test_a_part_that_fails_costs_that_part_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PARTS, "limits", Part("broken", breaks, 10))
+    report = run("limits", "batch-norm")
+    assert report.parts["limits"]["why"] == "ValueError: no such card"
+    assert report.parts["limits"]["rows"] == [{"what": "before", "value": 1.0}]
+    assert report.parts["batch-norm"]["why"] is None
+    assert "Did not end: ValueError" in report.to_markdown()
+
+
+def test_a_part_in_a_process_of_its_own() -> None:
+    report = run("batch-norm", alone=True)
+    assert (
+        report.parts["batch-norm"]["why"] is None and "refuses a CPU" in report.parts["batch-norm"]["rows"][0]["note"]
+    )
+    none = run("batch-norm", minutes=0.01)
+    assert "minutes were over" in none.parts["batch-norm"]["why"] and not none.parts["batch-norm"]["rows"]
+
+
+def test_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    app = typer.Typer()
+    app.command()(bench_gpu.gpu)
+    how = ["--part", "batch-norm", "--part", "adam", "--device", "cpu", "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, [*how, "--json"])
+    assert done.exit_code == 0 and list(json.loads(done.stdout)["parts"]) == ["adam", "batch-norm"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["gpu.json", "gpu.md"]
+    monkeypatch.setitem(PARTS, "batch-norm", Part("broken", breaks, 10))
+    done = CliRunner().invoke(app, how)
+    assert done.exit_code == 1 and "Did not end: ValueError: no such card" in done.stdout
+
+
+def test_unknown_names() -> None:
+    with pytest.raises(UsageError, match="warp"):
+        run("warp")
+    with pytest.raises(UsageError, match="huge"):
+        run("adam", size="huge")
+    with pytest.raises(UsageError, match="minutes"):
+        run("adam", minutes=0)
+    if not torch.cuda.is_available():
+        with pytest.raises(UsageError, match="no CUDA device"):
+            gpu.run(device="cuda")
+
+
+def test_multiplications_are_counted_from_shapes() -> None:
+    net = torch.nn.Sequential(torch.nn.Conv3d(2, 4, 3), torch.nn.Flatten(), torch.nn.Linear(4 * 2 * 2 * 2, 5))
+    # 4 x 2^3 outputs of 2 x 27 products each, then 5 x 32
+    assert gpu_train.multiplications(net, torch.zeros(1, 2, 4, 4, 4)) == 32 * 54 + 160
+
+
+@pytest.mark.slow
+def test_r2plus1d_18_is_forty_gigamacs() -> None:
+    """torchvision's published 40.52 G for 16 frames of 112 pixels."""
+    macs = gpu_train.multiplications(gpu_train.Head(64), torch.zeros(1, 3, 16, 112, 112))
+    assert macs / 1e9 == pytest.approx(40.5, abs=0.1)
