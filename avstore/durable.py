@@ -101,9 +101,10 @@ def machine_errors(path: Path) -> Iterator[None]:
                 reason,
                 "free some space, then repeat the command: it goes on where it stopped",
             ) from e
-        raise MachineError(
-            f"cannot write {path}", reason, "check the disk, then repeat the command: it goes on where it stopped"
-        ) from e
+        next = "check the disk, then repeat the command: it goes on where it stopped"
+        if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT):
+            next = f"choose a place where you may write, or see who may: ls -ld {path.parent}"
+        raise MachineError(f"cannot write {path}", reason, next) from e
 
 
 @contextlib.contextmanager

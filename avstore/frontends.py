@@ -199,7 +199,9 @@ def named(name: str | FrontEnd) -> FrontEnd:
     if isinstance(name, FrontEnd):
         return name
     if name not in FRONT_ENDS:
-        raise UsageError(f"no front-end is called {name!r}", did_you_mean(name, FRONT_ENDS))
+        raise UsageError(
+            f"no front-end is called {name!r}", did_you_mean(name, FRONT_ENDS), f"there are {', '.join(FRONT_ENDS)}"
+        )
     return FRONT_ENDS[name]
 
 

@@ -39,7 +39,9 @@ def require_free(root: Path) -> None:
     if not root.exists():
         return
     if not root.is_dir():
-        raise ConflictError(f"{root} is a file", "a store is a folder", "name another STORE")
+        lists = root.suffix.lower() in (".csv", ".tsv", ".jsonl", ".ndjson", ".txt")
+        words = "one list at a time: put the rows of both into one file" if lists else "name another STORE"
+        raise ConflictError(f"{root} is a file", "a store is a folder", words)
     ours = {"zarr.json", "lock", "frames", "source", "waveform", *FOLDERS}
     if (root / "zarr.json").is_file():
         read_attributes(root)  # another Zarr group: says so

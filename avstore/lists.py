@@ -294,16 +294,20 @@ def _columns(row: Row, report: ListReport) -> dict[str, str | None]:
 def _rows(path: Path, kind: str | None, find: Find) -> tuple[Iterable[Row], str]:
     """The rows of a list and its kind."""
     if kind is not None and kind != "plain" and kind not in KINDS:
-        raise UsageError(f"no kind of list is called {kind!r}", did_you_mean(kind, ["plain", *KINDS]), "--list-kind")
+        kinds = ["plain", *KINDS]
+        raise UsageError(
+            f"no kind of list is called {kind!r}", did_you_mean(kind, kinds), f"--list-kind {' | '.join(kinds)}"
+        )
     if not path.exists():
         raise NotFoundError(f"there is no list {path}", "", "check its name")
     if kind is None:
         kind = detect(path)
         if kind is None and path.is_dir():
+            inside = [p for p in sorted(path.iterdir()) if p.is_dir() and detect(p)]
             raise UsageError(
                 f"no list files that avstore knows are in the folder {path}",
                 f"it reads those of {', '.join(KINDS)}",
-                "name one list file",
+                f"there are some in {inside[0]}: name that folder" if inside else "name one list file",
             )
         kind = kind or "plain"
     if kind == "plain":

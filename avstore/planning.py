@@ -138,7 +138,7 @@ def longer(ledger: Ledger, spec: Spec) -> list[Probed]:
         if seconds is None:
             continue
         plan, i = known.plan, known.index
-        columns = {name: value for name, value in known.columns().items() if value is not None}
+        columns: dict[str, str | None] = {k: v for k, v in known.columns().items() if v is not None}
         entry = Entry(key, known.path, known.size, plan.start[i], plan.end[i], columns)
         if slot_seconds(seconds) > spec.max_seconds + 1:
             words = f"lasts {float(seconds):.0f} s, {spec.max_seconds} s are allowed"

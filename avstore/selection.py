@@ -66,8 +66,15 @@ def parse_where(store: Catalogue, conditions: Sequence[str]) -> list[tuple[str, 
                 "e.g. --where split=train",
             )
         store.column(column)  # NotFoundError with a close match
-        out.append((column, operator == "=", {v.strip() for v in values.split(",")}))
+        lists = values.strip().startswith("[")  # display=[560, 320]
+        wanted = {values.strip()} if lists else {v.strip() for v in values.split(",")}
+        out.append((column, operator == "=", {v.lower() if v in ("True", "False") else v for v in wanted}))
     return out
+
+
+def text_of(value: object) -> str:
+    """How a value of a column is written in a condition: as in JSON, an absent one as nothing."""
+    return "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def read_list(path: str | Path) -> list[str]:
@@ -99,7 +106,7 @@ def select(
     numbers = store.numbers  # ok, current
     said = []
     for column, wanted, values in parse_where(store, where):
-        column_values = np.array([str(v) if v is not None else "" for v in store.column(column, numbers)])
+        column_values = np.array([text_of(v) for v in store.column(column, numbers)])
         numbers = numbers[np.isin(column_values, sorted(values)) == wanted]
         said.append(f"{column}{'=' if wanted else '!='}{','.join(sorted(values))}")
     if list is not None:

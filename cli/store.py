@@ -162,10 +162,10 @@ def _where(store: Store, numbers: np.ndarray, conditions: list[str]) -> np.ndarr
     """The numbers that meet every condition."""
     import numpy as np
 
-    from avstore.selection import parse_where
+    from avstore.selection import parse_where, text_of
 
     for column, wanted, values in parse_where(store, conditions):
-        texts = np.array(["" if v is None else str(v) for v in store.column(column, numbers)], dtype=object)
+        texts = np.array([text_of(v) for v in store.column(column, numbers)], dtype=object)
         numbers = numbers[[(t in values) == wanted for t in texts]] if len(numbers) else numbers
     return numbers
 

@@ -14,7 +14,10 @@ from pathlib import Path
 import pytest
 
 import avstore
+from avstore.catalogue import INTRINSIC
 from avstore.lock import StoreLock
+from avstore.records import FIELDS
+from avstore.selection import text_of
 from cli import console
 from cli.main import invoke
 from tests.test_retrieval import planted
@@ -172,6 +175,25 @@ def test_ls(store: Path, run) -> None:
     _, out, err = run("ls", "-n", "2", "--json")
     assert len(out.splitlines()) == 2 and "2 of 8" in err
     assert json.loads(out.splitlines()[0])["has_sound"] is True
+
+
+def test_ls_filters_by_any_column(store: Path, run) -> None:
+    """Columns of lists and folders, fields of the records, and what the store knows itself."""
+    opened = avstore.open(store)
+    video = opened[int(opened.numbers[1])].to_json()
+    names = [*opened.columns, *FIELDS, *INTRINSIC]
+    assert len(names) > 25
+    for name in names:
+        (value,) = opened.column(name, [video["number"]])
+        code, out, err = run("ls", "--where", f"{name}={text_of(value)}", "--json")
+        assert code == 0 and video["key"] in {json.loads(line)["key"] for line in out.splitlines()}, (name, value, err)
+        code, out, _ = run("ls", "--where", f"{name}!={text_of(value)}", "--json")
+        assert video["key"] not in {json.loads(line)["key"] for line in out.splitlines()}, (name, value)
+
+
+@pytest.mark.parametrize("command", ["info", "ls", "verify", "query", "doctor", "ingest", "derive", "bench retrieval"])
+def test_json_is_there_everywhere(command: str, run) -> None:
+    assert "--json" in run(*command.split(), "--help")[1]
 
 
 def test_text_of_users_is_shown_not_obeyed(tmp_path: Path, run, monkeypatch: pytest.MonkeyPatch) -> None:

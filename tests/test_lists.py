@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import avstore
-from avstore.errors import AvstoreError, NotFoundError, UsageError
+from avstore.errors import AvstoreError, ConflictError, NotFoundError, UsageError
 from avstore.ingest import ingest
 from avstore.lists import columns_from_list, is_list, read_classes, read_list
 from avstore.official_lists import KINDS, detect
@@ -520,3 +520,32 @@ def test_ingest_takes_an_official_list(shared: Path, tmp_path: Path) -> None:
         ["train"],
         ["26"],
     ]
+
+
+def test_what_to_type_next_after_a_wrong_list(shared: Path, tmp_path: Path) -> None:
+    """A folder above the lists, two lists at once, an unknown kind: each is told with what would be right."""
+    (tmp_path / "media").mkdir()
+    write_wav(tmp_path / "media" / "a.wav", 1)
+    one, two = write(tmp_path, "one.csv", "path\na.wav\n"), write(tmp_path, "two.csv", "path\na.wav\n")
+    with pytest.raises(UsageError) as e:
+        read_list(shared / "lists" / "hmdb51", tmp_path / "media")
+    assert "testTrainMulti_7030_splits: name that folder" in e.value.next
+    with pytest.raises(ConflictError) as conflict:
+        ingest(one, two, root=tmp_path / "media")
+    assert "one list at a time" in conflict.value.next
+    with pytest.raises(UsageError) as e:
+        read_list(one, tmp_path / "media", kind="ucf")
+    assert "ucf101" in e.value.why and "plain | ucf101" in e.value.next
+
+
+def test_unused_rows_are_held_out(shared: Path, tmp_path: Path) -> None:
+    """HMDB51 marks videos with 0 that are on neither side of a split: they are not trained on by default."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for i, name in enumerate(("a", "b", "c")):
+        write_wav(folder / f"{name}.wav", 1, seed=i)
+    path = write(tmp_path, "run_test_split1.txt", "a.wav 1\nb.wav 2\nc.wav 0\n")
+    ingest(path, tmp_path / "s.zarr", root=tmp_path, sample_rate=8000, front_ends=())
+    with avstore.open(tmp_path / "s.zarr") as store:
+        assert [store.key(int(n)) for n in store.select(held_out=False).numbers] == ["run/a.wav"]
+        assert len(store.select(where=["split=unused"])) == 1
