@@ -16,7 +16,23 @@ from typer.core import TyperGroup
 
 import avstore
 from avstore.errors import AvstoreError, InterruptedRun, MachineError, UsageError, did_you_mean
-from cli import bench, bench_ingest, console, convert, demo, derive, doctor, embed, ingest, query, store, train
+from cli import (
+    bench,
+    bench_gpu,
+    bench_ingest,
+    bench_probe,
+    bench_step,
+    console,
+    convert,
+    demo,
+    derive,
+    doctor,
+    embed,
+    ingest,
+    query,
+    store,
+    train,
+)
 
 HELP = """Videos with sound, decoded once into a store; encoders trained on it; search by sight and sound.
 
@@ -71,8 +87,13 @@ app.command("convert")(convert.convert)
 app.command("query")(query.query)
 benches = typer.Typer(help="Measure: quality and speed.", no_args_is_help=True, **plain)
 benches.command("retrieval")(bench.retrieval)
+benches.command("svm")(bench_probe.svm)
+benches.command("linear")(bench_probe.linear)
+benches.command("knn")(bench_probe.knn)
 benches.command("loader")(bench.loader)
 benches.command("ingest")(bench_ingest.ingest)
+benches.command("step")(bench_step.step)
+benches.command("gpu")(bench_gpu.gpu)
 app.add_typer(benches, name="bench")
 app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)

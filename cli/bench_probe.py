@@ -1,0 +1,183 @@
+"""`avstore bench svm | linear | knn`: what a simple classifier makes of a run's frozen features."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cli import console
+from cli.choose import open_store, selection
+from cli.store import Json, StoreArgument
+
+if TYPE_CHECKING:
+    from benchmarks.table import Table
+
+Runs = Annotated[list[str] | None, typer.Option("--run", help="A run whose networks are probed, repeatable.")]
+Label = Annotated[str, typer.Option(help="The column of classes.")]
+FoldColumn = Annotated[
+    str | None, typer.Option(help="The column of official folds. Default: fold, where there is one.")
+]
+Folds = Annotated[int | None, typer.Option(help="Stratified folds instead of a column or the split.")]
+FoldSeed = Annotated[int, typer.Option(help="Of --folds.")]
+Clips = Annotated[int, typer.Option(help="Clips of each video, evenly spaced; their scores are averaged.")]
+Seeds = Annotated[int, typer.Option(help="Networks with random weights to compare with; 0: none.")]
+Checkpoint = Annotated[str, typer.Option(help="latest, or a step.")]
+AllCheckpoints = Annotated[bool, typer.Option("--all-checkpoints", help="One table for each kept checkpoint.")]
+Where = Annotated[list[str] | None, typer.Option(help="column=value[,value]; repeatable.")]
+ListFile = Annotated[Path | None, typer.Option("--list", metavar="FILE", help="Keys, one a line.")]
+Subset = Annotated[int | None, typer.Option(help="A seeded draw of so many videos.")]
+SubsetSeed = Annotated[int, typer.Option("--seed", help="Of --subset.")]
+NoControls = Annotated[bool, typer.Option("--no-raw", help="Leave out the raw features.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ...")]
+Markdown = Annotated[bool, typer.Option("--markdown", help="Markdown tables on stdout.")]
+
+
+def svm(
+    store: StoreArgument = None,
+    run: Runs = None,
+    label: Label = "label",
+    fold_column: FoldColumn = None,
+    folds: Folds = None,
+    fold_seed: FoldSeed = 0,
+    clips: Clips = 10,
+    block: Annotated[list[str] | None, typer.Option(help="conv2x ... conv5x, repeatable. Default: all.")] = None,
+    c: Annotated[float | None, typer.Option("--c", help="The strength. Default: chosen within training.")] = None,
+    oracle: Annotated[bool, typer.Option("--oracle", help="Also with C chosen on the test part.")] = False,
+    augment: Annotated[bool, typer.Option("--augment", help="Training clips at random places and loudness.")] = False,
+    published: Annotated[str | None, typer.Option(help="ESC-50 or DCASE: the papers' figures beside.")] = None,
+    seeds: Seeds = 1,
+    checkpoint: Checkpoint = "latest",
+    all_checkpoints: AllCheckpoints = False,
+    where: Where = None,
+    list_: ListFile = None,
+    subset: Subset = None,
+    seed: SubsetSeed = 0,
+    no_raw: NoControls = False,
+    device: Device = "auto",
+    markdown: Markdown = False,
+    json: Json = False,
+) -> None:
+    """One-vs-rest linear SVMs on sound, official folds (ESC-50, ESC-10, DCASE)."""
+    from benchmarks import svm as bench
+
+    _run(bench.bench, store, run, checkpoint, all_checkpoints, markdown, json, only=block or (), fixed=c,
+         with_oracle=oracle, augment=augment, published=published, clips=clips, seeds=seeds, controls=not no_raw,
+         device=device, label=label, fold_column=fold_column, fold_count=folds, fold_seed=fold_seed,
+         **selection(where, list_, subset, seed))  # fmt: skip
+
+
+def linear(
+    store: StoreArgument = None,
+    run: Runs = None,
+    modality: Annotated[str, typer.Option(help="a, v, or av: sound, pictures, and both together.")] = "v",
+    label: Label = "label",
+    fold_column: FoldColumn = None,
+    folds: Folds = None,
+    fold_seed: FoldSeed = 0,
+    clips: Clips = 10,
+    block: Annotated[list[str] | None, typer.Option(help="conv2x ... conv5x, repeatable. Default: all.")] = None,
+    shots: Annotated[int | None, typer.Option(help="Training videos of each class. Default: all.")] = None,
+    epochs: Annotated[int, typer.Option(help="Of the linear layer.")] = 12,
+    rate: Annotated[float, typer.Option(help="Its learning rate.")] = 1e-4,
+    train_mode: Annotated[bool, typer.Option("--train-mode", help="As published: batch statistics.")] = False,
+    published: Annotated[str | None, typer.Option(help="UCF101, HMDB51 or Kinetics-400: the papers' figures.")] = None,
+    seeds: Seeds = 1,
+    checkpoint: Checkpoint = "latest",
+    all_checkpoints: AllCheckpoints = False,
+    where: Where = None,
+    list_: ListFile = None,
+    subset: Subset = None,
+    seed: SubsetSeed = 0,
+    no_raw: NoControls = False,
+    device: Device = "auto",
+    markdown: Markdown = False,
+    json: Json = False,
+) -> None:
+    """Linear probes of each block (a or v), or of sight and sound together (av)."""
+    from benchmarks import linear as bench
+
+    _run(bench.bench, store, run, checkpoint, all_checkpoints, markdown, json, modality=modality, only=block or (),
+         shots=shots, epochs=epochs, rate=rate, train_mode=train_mode, published=published, clips=clips, seeds=seeds,
+         controls=not no_raw, device=device, label=label, fold_column=fold_column, fold_count=folds,
+         fold_seed=fold_seed, **selection(where, list_, subset, seed))  # fmt: skip
+
+
+def knn(
+    store: StoreArgument = None,
+    run: Runs = None,
+    modality: Annotated[str, typer.Option(help="a or v.")] = "v",
+    k: Annotated[list[int] | None, typer.Option("--k", help="Neighbours, repeatable. Default: 1, 5, 20.")] = None,
+    label: Label = "label",
+    fold_column: FoldColumn = None,
+    folds: Folds = None,
+    fold_seed: FoldSeed = 0,
+    clips: Clips = 10,
+    seeds: Seeds = 1,
+    checkpoint: Checkpoint = "latest",
+    all_checkpoints: AllCheckpoints = False,
+    where: Where = None,
+    list_: ListFile = None,
+    subset: Subset = None,
+    seed: SubsetSeed = 0,
+    no_raw: NoControls = False,
+    device: Device = "auto",
+    markdown: Markdown = False,
+    json: Json = False,
+) -> None:
+    """The vote of the nearest training videos, nothing trained."""
+    from benchmarks import knn as bench
+
+    _run(bench.bench, store, run, checkpoint, all_checkpoints, markdown, json, modality=modality,
+         ks=tuple(k) if k else bench.KS, clips=clips, seeds=seeds, controls=not no_raw, device=device, label=label,
+         fold_column=fold_column, fold_count=folds, fold_seed=fold_seed,
+         **selection(where, list_, subset, seed))  # fmt: skip
+
+
+def _run(
+    bench: Any,
+    store: Path | None,
+    names: list[str] | None,
+    checkpoint: str,
+    every: bool,
+    markdown: bool,
+    json: bool,
+    **options: Any,
+) -> None:
+    """Opens, measures each checkpoint that is asked for, prints."""
+    from avstore.errors import UsageError
+    from trainers.run import find_run
+
+    opened = open_store(store)
+    if not names:
+        raise UsageError("no run is named", "a probe is of a run's networks", "--run runs/avid-cma; repeatable")
+    runs = [find_run(name) for name in names]
+    which: list[str | int] = [int(checkpoint) if checkpoint.isdigit() else checkpoint]
+    if every:
+        steps = [{c.step for c in r.checkpoints()} for r in runs]
+        which = sorted(set.intersection(*steps))
+        if not which:
+            raise UsageError("the runs have no checkpoint in common", "", "one --run, or train with keep_every")
+    tables: list[Table] = []
+    with console.Progress("probe", "steps") as progress:
+
+        def show(stage: str, done: int, total: int) -> None:
+            progress.stage_is(stage)
+            progress.update(done, total)
+
+        for i, one in enumerate(which):
+            last = {} if i == 0 else {"seeds": 0, "controls": False}  # controls do not change with the checkpoint
+            table = bench(opened, runs, checkpoint=one, progress=show, **(options | last))
+            for row in table.rows:
+                if every and row["features"] in {r.config.name for r in runs}:
+                    row["features"] += f" step {one}"
+            tables.append(table)
+    if every:
+        tables[0].rows[:] = [r for t in tables for r in t.rows if t is tables[0] or "step" in str(r["features"])]
+    if json:
+        console.as_json(tables[0].to_json())
+    elif markdown:
+        console.data(tables[0].to_markdown().rstrip())
+    else:
+        console.table(tables[0])
