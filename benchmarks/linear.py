@@ -157,7 +157,7 @@ def bench(
                     progress(f"{name} {which}", done, total)
 
                 with _Statistics(method, blocks.trunk(method, m), train_mode):  # type: ignore[arg-type]
-                    how = "avg" if modality == "av" or m == "a" else "max"
+                    how: Literal["avg", "max"] = "avg" if modality == "av" or m == "a" else "max"
                     x[m] = make(method, run, store, probed.numbers, clips=clips, grids=grids, how=how,
                                 device=device, progress=say)  # type: ignore[operator]  # fmt: skip
         if modality == "av":

@@ -155,7 +155,7 @@ def _run(
     runs = [find_run(name) for name in names]
     which: list[str | int] = [int(checkpoint) if checkpoint.isdigit() else checkpoint]
     if every:
-        steps = [{c.step for c in r.checkpoints()} for r in runs]
+        steps: list[set[str | int]] = [{c.step for c in r.checkpoints()} for r in runs]
         which = sorted(set.intersection(*steps))
         if not which:
             raise UsageError("the runs have no checkpoint in common", "", "one --run, or train with keep_every")

@@ -22,6 +22,7 @@ from cli import (
     bench_ingest,
     bench_probe,
     bench_step,
+    bench_summarize,
     console,
     convert,
     demo,
@@ -90,6 +91,7 @@ benches.command("retrieval")(bench.retrieval)
 benches.command("svm")(bench_probe.svm)
 benches.command("linear")(bench_probe.linear)
 benches.command("knn")(bench_probe.knn)
+benches.command("summarize")(bench_summarize.summarize)
 benches.command("loader")(bench.loader)
 benches.command("ingest")(bench_ingest.ingest)
 benches.command("step")(bench_step.step)

@@ -181,3 +181,25 @@ def test_the_shared_layout_is_read_and_what_is_not_it_is_named(tmp_path):
         read(tmp_path / "nowhere")
     with pytest.raises(UsageError, match="no annotations"):
         read(tmp_path)
+
+
+def test_on_the_command_line(tmp_path, capsys):
+    file, rng = tmp_path / "eccv16_toy.h5", np.random.default_rng(0)
+    with h5py.File(file, "w") as f:
+        for k in range(3):
+            g = f.create_group(f"video_{k}")
+            g["features"], g["picks"] = rng.normal(size=(20, 4)).astype(np.float32), np.arange(0, 300, 15)
+            g["n_frames"] = 300
+            g["change_points"] = np.stack([np.arange(0, 300, 30), np.arange(0, 300, 30) + 29], 1)
+            g["user_summary"] = (rng.random((3, 300)) < 0.15).astype(np.float32)
+    from cli.main import invoke
+
+    assert invoke(["bench", "summarize", str(file), "--splits", "2", "--epochs", "1", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert next(r["scores"] for r in rows) == "DR-DSN on eccv16_toy" and len(rows) == 4
+    assert invoke(["bench", "summarize", str(tmp_path / "none")]) == 4
+    other = tmp_path / "other.h5"
+    with h5py.File(file) as a, h5py.File(other, "w") as b:
+        a.copy("video_0", b, "elsewhere")
+    assert invoke(["bench", "summarize", str(file), "--features", str(other)]) == 2
+    assert "no features of 3 of 3" in capsys.readouterr().err
