@@ -219,13 +219,16 @@ class Checker:
             tell("a hole where the record has a row", chunk)
         for chunk in np.flatnonzero(there & ~wanted).tolist():
             tell("bytes where the record has none", chunk)
-        at = np.flatnonzero(there)
-        end = 0
-        for chunk, (offset, length) in zip(at.tolist(), table[there].tolist(), strict=True):
-            if offset != end or length < 4 or offset + length > tail:
-                tell("the index points elsewhere than behind the chunk before", chunk)
-                return
-            end = offset + length
+        at, entries = np.flatnonzero(there), table[there]
+        # behind one another without a gap, compared in one go: a store of 240,000 videos has 50 million of them
+        wrong = (entries[:, 0] > tail) | (entries[:, 1] < 4) | (entries[:, 1] > tail)
+        if not wrong.any():
+            ends = entries.sum(1)
+            wrong = (entries[:, 0] != np.concatenate([[0], ends[:-1]])) | (ends > tail)
+        if wrong.any():
+            tell("the index points elsewhere than behind the chunk before", int(at[wrong.argmax()]))
+            return
+        end = int(entries[-1].sum()) if len(entries) else 0
         if end != tail:
             tell(f"{tail - end} bytes that belong to no chunk", int(at[-1]) if at.size else None)
         found.chunks += int(there.sum())

@@ -38,6 +38,7 @@ from trainers.encoders import has_local_batch_norm
 from trainers.methods import method as find_method
 from trainers.metrics import MetricLog
 from trainers.optimiser import channels_last, learning_rate_at, make_optimiser
+from trainers.prefetch import ahead
 from trainers.process import agreed, choose_precision, interrupts, processes, thread_count
 from trainers.run import OpenRun, Run, build, find_run, require_same
 from trainers.snapshot import Snapshot, take_snapshot
@@ -218,7 +219,9 @@ class Trainer:
         self.on_event(Event("start", self.name, self.done, self.total, self._words(bool(found))))
         log = MetricLog(self.path, self.done) if chief else None
         wrapped = self._wrap()
-        feed = data.Feed(self.store, self.snapshot, self.config, self.device, self.plan, self.done)
+        feed = ahead(
+            data.Feed(self.store, self.snapshot, self.config, self.device, self.plan, self.done), self.device
+        )
         meter = Meter(distributed.world())
         try:
             while self.done < self.total:
