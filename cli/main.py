@@ -19,6 +19,7 @@ from avstore.errors import AvstoreError, InterruptedRun, MachineError, UsageErro
 from cli import (
     bench,
     bench_gpu,
+    bench_growth,
     bench_ingest,
     bench_probe,
     bench_step,
@@ -93,6 +94,7 @@ benches.command("linear")(bench_probe.linear)
 benches.command("knn")(bench_probe.knn)
 benches.command("summarize")(bench_summarize.summarize)
 benches.command("loader")(bench.loader)
+benches.command("growth")(bench_growth.growth)
 benches.command("ingest")(bench_ingest.ingest)
 benches.command("step")(bench_step.step)
 benches.command("gpu")(bench_gpu.gpu)
