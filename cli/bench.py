@@ -37,6 +37,9 @@ def retrieval(
     seeds: Annotated[int, typer.Option(help="Encoders with random weights to compare with; 0: none.")] = 1,
     no_raw: Annotated[bool, typer.Option("--no-raw", help="Leave out raw pixels, motion and spectrograms.")] = False,
     each: Annotated[bool, typer.Option("--each", help="A row for each run, instead of one for each method.")] = False,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also a page: the table, and queries with what they found.")
+    ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="A Markdown table on stdout.")] = False,
     json: Json = False,
 ) -> None:
@@ -48,6 +51,8 @@ def retrieval(
 
     if subset is not None and folds is None:
         raise UsageError("--subset without --folds", "it thins out queries and gallery alike", "use --list or --where")
+    if html is not None and folds is not None:
+        raise UsageError("--html with --folds", "examples are of one set of queries", "--queries and --gallery")
     opened = open_store(store)
     names = [choose_run(opened, r) for r in run] if run else [choose_run(opened, None)]
     folders = {name: Path(r) if "/" in r else Path("runs") / r for name, r in zip(names, run or names, strict=True)}
@@ -74,6 +79,18 @@ def retrieval(
             progress=show,
             **selection(where, list_, subset, seed),
         )
+    if html is not None:
+        from avstore.durable import write_atomic
+        from benchmarks import page
+        from benchmarks.sheet import sheet
+
+        shown = list(dict.fromkeys(names))
+        options = {"gallery": gallery or (), "queries": queries or (), "label": label}
+        parts = [s for n in shown for s in sheet(opened, n, **options, **selection(where, list_, None, 0))]
+        parts.insert(0, page.section("Results", page.table(table)))
+        text = page.page("Retrieval by example", f"{', '.join(shown)} in {opened.path.name}", parts, menu=True)
+        write_atomic(html, text.encode())
+        console.say(f"wrote {html} ({console.size(html.stat().st_size)}): open it in a browser")
     if json:
         console.as_json(table.to_json())
     elif markdown:

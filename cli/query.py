@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -33,6 +33,9 @@ def query(
     approximate: Annotated[
         bool, typer.Option("--approximate", help="An IVF index: faster on millions of rows; its recall is printed.")
     ] = False,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also one page with moving pictures and players; no network.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Find the videos whose sight or sound is nearest, and the second that matches best.
@@ -76,6 +79,9 @@ def query(
         found = opened[number]
         rows.append({"rank": i + 1, "path": found.key, "second": at, "label": found.columns.get("label"),
                      "score": round(score, 6), "number": number, "query_second": asked_at})  # fmt: skip
+    if html is not None:
+        across = f" to {target}" if target != modality else ""
+        _page(html, opened, rows, asked, own, f"{name}, by {modality}{across}")
     if json:
         for row in rows:
             console.as_json(row)
@@ -84,6 +90,22 @@ def query(
         ["rank", "path", "second", "label", "score", "number"],
         [[r["rank"], r["path"], r["second"], r["label"] or "", f"{r['score']:.3f}", r["number"]] for r in rows],
     )
+
+
+def _page(file: Path, store: Store, rows: list[dict[str, Any]], asked: str, own: int | None, how: str) -> None:
+    """The query and its answers as one HTML file."""
+    from avstore.durable import write_atomic
+    from benchmarks.page import page
+    from benchmarks.sheet import answers, as_store
+
+    if own is not None:
+        parts = answers(store, rows, query=store.key(own), query_store=store, query_video=own)
+    else:
+        with as_store(Path(asked), store) as one:
+            number = int(one.numbers[0])
+            parts = answers(store, rows, query=Path(asked).name, query_store=one, query_video=number)
+    write_atomic(file, page("Nearest videos", f"{how}, in {store.path.name}", parts).encode())
+    console.say(f"wrote {file} ({console.size(file.stat().st_size)}): open it in a browser")
 
 
 def _vectors(
