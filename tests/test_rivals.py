@@ -72,14 +72,19 @@ class Labelled(Supervised):
         return super().step(replace(batch, labels=batch.row % len(CLASSES)))
 
 
+# Epochs of two steps: rounding of 1e-15 in the weights grows tenfold a step in the methods that normalise over a batch,
+# whatever the number of processes (measured here: BYOL's first gradient agrees to 7e-13, its fifth to 8e-9).
+EPOCHS = {name: 1 for name in ("simclr", "byol", "simsiam", "barlow-twins")} | {"l3": 3, "xdc": 3, "supervised": 3}
+
+
 def cases() -> dict[str, tuple[Any, int, int]]:
-    """{name: (method, views, epochs)} for `two_equal_one`: well conditioned, as the note at `CALM` there says."""
+    """{name: (method, views, epochs)} for `two_equal_one`, as well conditioned as they can be."""
     smooth = {"temperature": 0.5, "head_batch_norm": False}
     calm: dict[str, dict[str, Any]] = {name: smooth for name in ("simclr", "moco", "iic", "cm-acc")}
-    calm["avts"] = {"head_batch_norm": False, "epochs": 2}
+    calm |= {"avts": {"head_batch_norm": False, "epochs": 2}, "barlow-twins": {"loss_scale": 0.01}}
     made = {name: make(name, **calm.get(name, {})) for name in NAMES if name != "supervised"}
     made["supervised"] = Labelled(small("supervised"), ROWS, CLASSES)
-    return {name: (still_frozen(method), METHODS[name].views, 3) for name, method in made.items()}
+    return {name: (still_frozen(m), METHODS[name].views, EPOCHS.get(name, 2)) for name, m in made.items()}
 
 
 def still_frozen(method: Any) -> Any:
@@ -362,6 +367,7 @@ def test_supervision_of_one_modality_asks_for_no_other(modality: str, tmp_path: 
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     found = two_equal_one("test_rivals", tmp_path)
-    for name in cases():
-        assert any(k.startswith(f"{name}.grad.") for k in found) and f"{name}.loss.5" in found
-    assert int(found["cm-acc.updates"]) == 6 and float(found["avts.hard.5"]) > 0 and int(found["xdc.round"]) == 2
+    for name in NAMES:
+        steps = 2 * EPOCHS.get(name, 2)
+        assert any(k.startswith(f"{name}.grad.") for k in found) and f"{name}.loss.{steps - 1}" in found
+    assert int(found["cm-acc.updates"]) == 4 and float(found["avts.hard.3"]) > 0 and int(found["xdc.round"]) == 2
