@@ -30,6 +30,7 @@ from cli import (
     derive,
     doctor,
     embed,
+    export,
     ingest,
     query,
     store,
@@ -85,6 +86,7 @@ app.command("ls")(store.ls)
 app.command("verify")(store.verify)
 app.command("train")(train.train)
 app.command("embed")(embed.embed)
+app.command("export")(export.export)
 app.command("convert")(convert.convert)
 app.command("query")(query.query)
 benches = typer.Typer(help="Measure: quality and speed.", no_args_is_help=True, **plain)

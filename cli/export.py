@@ -1,0 +1,66 @@
+"""`avstore export`: embeddings, or features for video summarisation, as HDF5."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from avstore.errors import UsageError, did_you_mean
+from cli import console
+from cli.choose import open_store, selection
+from cli.store import Json
+
+LAYOUTS = ("embeddings", "eccv16")
+
+
+def export(
+    store: Annotated[Path, typer.Argument(metavar="STORE", help="The store.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT.h5", help="The file to write.")],
+    run: Annotated[
+        list[str] | None, typer.Option(help="Whose embeddings; repeatable. Default: all (eccv16: the only one).")
+    ] = None,
+    layout: Annotated[str, typer.Option(help=f"One of {', '.join(LAYOUTS)}.")] = "embeddings",
+    tower: Annotated[str, typer.Option(help="Of --layout eccv16: whose vectors are the features.")] = "video",
+    annotations: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", help="Of --layout eccv16: SumMe or TVSum, whose summaries are written beside."),
+    ] = None,
+    where: Annotated[list[str] | None, typer.Option(help="Only videos with column=value; repeatable.")] = None,
+    list_: Annotated[Path | None, typer.Option("--list", metavar="FILE", help="Only videos of this list.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+    json: Json = False,
+) -> None:
+    """Write a store's embeddings with their columns into an HDF5 file.
+
+    --layout eccv16 writes the layout that video summarisers share: features of every 15th frame, segments by KTS.
+    """
+    if layout not in LAYOUTS:
+        raise UsageError(f"no layout {layout!r}", did_you_mean(layout, LAYOUTS))
+    if layout != "eccv16" and annotations is not None:
+        raise UsageError("--annotations belongs to --layout eccv16", "", "--layout eccv16")
+    if layout == "eccv16" and run and len(run) > 1:
+        raise UsageError(f"{len(run)} runs in one eccv16 file", "it holds one row of features for each pick", "one run")
+    from benchmarks import export as bench
+    from benchmarks.annotations import read
+
+    opened = open_store(store)
+    numbers = opened.select(**selection(where, list_, None, 0)).numbers
+    if layout == "eccv16":
+        said = read(annotations) if annotations is not None else None
+        with console.Progress("export", "videos") as progress:
+            done = bench.export_eccv16(
+                opened, out, run[0] if run else None, tower, numbers, annotations=said, force=force,
+                progress=progress.update,
+            )  # fmt: skip
+    else:
+        done = bench.export_embeddings(opened, out, run, numbers, force=force)
+    if json:
+        console.as_json({**done.__dict__, "left_out": [{"key": k, "why": w} for k, w in done.left_out]})
+    for key, why in done.left_out:
+        console.warn(console.visible(f"left out: {key}: {why}"))
+    parts = ", ".join(done.groups) if layout != "eccv16" else f"one group for each ({done.groups[0]} ...)"
+    console.say(console.visible(f"{done.path}: {done.videos} videos, {done.rows} rows: {parts}"))
+    if layout == "eccv16":
+        console.say("next: avstore bench summarize ANNOTATIONS --features " + console.visible(done.path))
