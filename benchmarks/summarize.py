@@ -219,7 +219,7 @@ def summarize(
         rows,
         (
             f"F: {'the best over people' if measure == 'best' else 'the mean over people'}, averaged over the test "
-            "videos of a split, then over splits; tau, rho: rank correlation with each person's scores at sampled frames",
+            "videos of a split, then over splits; tau, rho: rank correlation with each person's scores at the picks",
             f"people over all {len(videos)} videos: F {every[0]:.3f}, tau {every[1]:.3f}, rho {every[2]:.3f}",
             "sd over splits and seeds; differences below it say nothing. published: theirs, other features and splits",
         ),

@@ -140,7 +140,8 @@ def test_the_document_names_every_field() -> None:
     quoted = set(re.findall(r"[a-z_]+", text))
     assert set(FIELDS) <= quoted
     assert set(Plan.__dataclass_fields__) <= quoted
-    assert {name for name in Spec.__dataclass_fields__ if not name.startswith(("max_", "cpu_"))} <= quoted
+    inside = {"foreign"}  # of front-ends that this version does not know: in the file they stand among front_ends
+    assert {name for name in Spec.__dataclass_fields__ if not name.startswith(("max_", "cpu_"))} - inside <= quoted
 
 
 def test_every_json_of_a_store_is_canonical(tmp_path: Path) -> None:
