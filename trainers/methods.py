@@ -162,6 +162,24 @@ def _cm_acc() -> MethodFile:
     return MethodFile(m.Config, m.PRESETS, m.CmAcc, clips=m.clips)
 
 
+def _avcl() -> MethodFile:
+    from trainers import avcl as m
+
+    return MethodFile(m.Config, m.PRESETS, m.Avcl, clips=m.clips)
+
+
+def _ccl() -> MethodFile:
+    from trainers import ccl as m
+
+    return MethodFile(m.Config, m.PRESETS, m.Ccl, clips=m.clips, teachers=lambda c: c.sources())
+
+
+def _listen_to_look() -> MethodFile:
+    from trainers import listen_to_look as m
+
+    return MethodFile(m.Config, m.PRESETS, m.ListenToLook, clips=m.clips, teachers=lambda c: (c.teacher,))
+
+
 def _published() -> MethodFile:
     from trainers import published as p
 
@@ -178,6 +196,11 @@ METHODS: dict[str, Method] = {
     "crisscross": Method(_crisscross, "Sarkar and Etemad 2023", "predicts across sight, sound and time", views=2),
     "sscl-stage-1": Method(_sscl_stage_1, "Zhang et al. 2021", "sight learns alone, then teaches sound"),
     "sscl": Method(_sscl, "Zhang et al. 2021", "then sound teaches sight", stage="sscl-stage-1"),
+    "avcl": Method(_avcl, "Liu et al. 2022", "fuses, aligns and contrasts a clip and the whole sound"),
+    "ccl": Method(_ccl, "Chen et al. 2021", "distils teachers of sound and images by composition", labels=True),
+    "listen-to-look": Method(
+        _listen_to_look, "Gao et al. 2020", "one picture and its sound learn what a clip model says", labels=True
+    ),
     "simclr": Method(_simclr, "Chen et al. 2020", "a batch' pictures and sounds find their partners"),
     "moco": Method(_moco, "He et al. 2020", "contrast with queues of a momentum copy's keys"),
     "byol": Method(_byol, "Grill et al. 2020", "predicts a momentum copy's view of the other modality"),
