@@ -235,7 +235,9 @@ def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
     """Round numbers from `low` to `high`, about `wanted` of them: steps of 1, 2 or 5 times a power of ten."""
     if not (math.isfinite(low) and math.isfinite(high)) or high < low:
         raise UsageError(f"an axis from {low} to {high}", "both are finite, the second is not the smaller")
-    span = (high - low) or abs(high) or 1.0
+    if high == low:
+        return [low]
+    span = high - low
     power = 10.0 ** math.floor(math.log10(span / wanted))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= span / wanted * 0.999)
     first = math.ceil(low / step - 1e-9)
@@ -385,3 +387,21 @@ def picture(uri: str, caption: str = "") -> str:
         raise UsageError("a picture that is not in the page", "an address beginning with data:image/ is wanted")
     told = f"<figcaption>{escaped(caption)}</figcaption>" if caption else ""
     return f'<figure><img class="picture" alt="{escaped(caption)}" src="{escaped(uri)}">{told}</figure>'
+
+
+LIGHT = ("#0f766e", "#c2571a", "#4f5bd5", "#b0307a", "#7a7d12", "#0284c7", "#7c3aed", "#6b7280")
+
+
+def standalone(figure: str) -> str:
+    """The drawing of a figure made here as an SVG file of its own, in the light colours."""
+    start, end = figure.find("<svg"), figure.find("</svg>")
+    if start < 0 or end < 0:
+        raise UsageError("a figure without a drawing", "chart, histogram and scatter make some")
+    body = figure[start:end]
+    names = ";".join(f"--c{i}:{c}" for i, c in enumerate(LIGHT))
+    style = (
+        f"svg{{{names};background:#fff}}text{{fill:#63636b;font:10px sans-serif}}.grid{{stroke:#e3e1dc}}"
+        ".axis{stroke:#63636b}.curve{fill:none;stroke-width:1.6}.thin{stroke-width:1;opacity:.3}"
+    )
+    head, rest = body.split(">", 1)
+    return f'{head} xmlns="http://www.w3.org/2000/svg" width="720"><style>{style}</style>{rest}</svg>\n'

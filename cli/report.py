@@ -75,14 +75,11 @@ def _store_of(run: Run, given: Path | None) -> Store | None:
 
     if given is not None:
         return avstore.open(given)
-    path = Path(run.snapshot.store)
-    if not (path / "zarr.json").is_file():
-        console.warn(f"{path}, on which {run.name} was trained, is not there: the report is of the run alone (--store)")
-        return None
-    opened = avstore.open(path)
-    if opened.fingerprint != run.snapshot.fingerprint:
-        console.warn(
-            f"{path} is another store than {run.name} was trained on: the report is of the run alone (--store)"
-        )
-        return None
-    return opened
+    named = Path(run.snapshot.store)
+    for path in (named, run.path.resolve().parent.parent / named.name):  # as it was typed then; beside the runs
+        if (path / "zarr.json").is_file():
+            opened = avstore.open(path)
+            if opened.fingerprint == run.snapshot.fingerprint:
+                return opened
+    console.warn(f"{named}, on which {run.name} was trained, is not there: the report is of the run alone (or --store)")
+    return None
