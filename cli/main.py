@@ -18,6 +18,7 @@ import avstore
 from avstore.errors import AvstoreError, InterruptedRun, MachineError, UsageError, did_you_mean
 from cli import (
     bench,
+    bench_finetune,
     bench_gpu,
     bench_growth,
     bench_ingest,
@@ -30,9 +31,11 @@ from cli import (
     derive,
     doctor,
     embed,
+    explain,
     export,
     ingest,
     query,
+    report,
     store,
     train,
 )
@@ -89,11 +92,14 @@ app.command("embed")(embed.embed)
 app.command("export")(export.export)
 app.command("convert")(convert.convert)
 app.command("query")(query.query)
+app.command("explain")(explain.explain)
+app.command("report")(report.report)
 benches = typer.Typer(help="Measure: quality and speed.", no_args_is_help=True, **plain)
 benches.command("retrieval")(bench.retrieval)
 benches.command("svm")(bench_probe.svm)
 benches.command("linear")(bench_probe.linear)
 benches.command("knn")(bench_probe.knn)
+benches.command("finetune")(bench_finetune.finetune)
 benches.command("summarize")(bench_summarize.summarize)
 benches.command("loader")(bench.loader)
 benches.command("growth")(bench_growth.growth)
