@@ -219,6 +219,7 @@ def raw_pictures(store: Store, numbers: np.ndarray, *, clips: int = 10) -> np.nd
         parts = []
         for start in starts:
             clip = store.clip(number, start, n=2, fps=min(8, store.spec.fps), seconds=0)
+            assert clip.frames is not None and clip.box is not None
             y, x, h, w = clip.box
             side = min(h, w)
             y, x = y + (h - side) // 2, x + (w - side) // 2

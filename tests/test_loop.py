@@ -21,7 +21,7 @@ from avstore.frontends import named, spectrogram
 from avstore.store import Store
 from trainers import data, fit
 from trainers.avid import Avid
-from trainers.config import TrainConfig
+from trainers.config import TrainConfig, resolve
 from trainers.loop import Event, train, train_with_stages
 from trainers.metrics import read_metrics
 from trainers.optimiser import learning_rate_at
@@ -170,6 +170,24 @@ def test_the_bank_is_the_selection(store: Store, tmp_path: Path) -> None:
     assert [store.key(int(n)) for n in run.snapshot.numbers] == ["000.mp4", "002.mp4", "004.mp4", "006.mp4", "008.mp4"]
 
 
+def test_a_stage_trains_its_own_stage_first(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """temporal starts from avid-cma, which starts from avid; what was said to the middle one reaches the first."""
+    called = []
+
+    def heard(name: str, store: Store, config: Any, run: Path, **rest: Any) -> None:
+        init = rest.get("init")
+        called.append((name, Path(run).name, None if init is None else Path(init).name, config.values()["width"]))
+
+    monkeypatch.setattr("trainers.loop.train", heard)
+    stage = resolve("avid-cma", preset="tiny", sets=["width=8"])
+    train_with_stages("temporal", store, resolve("temporal", preset="tiny"), tmp_path / "mine", stage_config=stage)
+    assert called == [
+        ("avid", "avid", None, 8),
+        ("avid-cma", "avid-cma", "avid", 8),
+        ("temporal", "mine", "avid-cma", 16),
+    ]
+
+
 def test_avid_cma_trains_its_stage_first(store: Store, tmp_path: Path) -> None:
     c, stage = config("steps=2", name="avid-cma"), config("steps=2")
     kinds: list[str] = []
@@ -205,8 +223,6 @@ def test_avid_cma_trains_its_stage_first(store: Store, tmp_path: Path) -> None:
 
 
 def test_the_frame_size_follows_the_store_unless_the_preset_insists(store: Store) -> None:
-    from trainers.config import resolve
-
     fitted, notes = fit.fit(resolve("avid"), store)  # 224 asked of 64 lines
     assert fitted.method.size == fitted.values()["size"] == 48 and "48 pixels instead of 224" in notes[0]
     for asked in (resolve("avid", preset="paper"), resolve("avid", sets=["size=224"])):
@@ -216,8 +232,6 @@ def test_the_frame_size_follows_the_store_unless_the_preset_insists(store: Store
 
 
 def test_rates_sound_and_labels_that_the_store_lacks(tmp_path: Path) -> None:
-    from trainers.config import resolve
-
     slow = avstore.open(make_store(tmp_path / "slow.zarr", [Tiny(2.0)], default_spec(fps=8, sample_rate=24000)))
     fitted, notes = fit.fit(resolve("avid"), slow)
     assert fitted.method.fps == 8 and any("8 frames a second instead of 16" in n for n in notes)

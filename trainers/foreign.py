@@ -7,6 +7,7 @@ refused with what it asks for: opening it would run code of its choice.
 from __future__ import annotations
 
 import hashlib
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,11 +33,11 @@ def load_tensors_only(path: Path) -> Any:
     except (OSError, MemoryError):
         raise
     except Exception as e:  # what torch raises for a file that it cannot read has no common class
-        if type(e).__name__ == "UnpicklingError":
-            why = next((line.strip() for line in str(e).splitlines() if "Unsupported" in line or "GLOBAL" in line), "")
+        asked = [line.strip() for line in str(e).splitlines() if re.search("Unsupported (global|class)|GLOBAL ", line)]
+        if type(e).__name__ == "UnpicklingError" and asked:
             raise ConflictError(
                 f"{path} holds more than tensors, and is not opened",
-                why or "reading it would run code from the file",
+                asked[0],
                 "where you trust it: load it with torch yourself, and torch.save its state_dict alone",
             ) from e
         first = (str(e).splitlines() or [type(e).__name__])[0]

@@ -43,6 +43,7 @@ from trainers.process import agreed, choose_precision, interrupts, processes, th
 from trainers.run import OpenRun, Run, build, find_run, require_same
 from trainers.snapshot import Snapshot, take_snapshot
 from trainers.teacher import bind_teachers
+from trainers.typed import as_text
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,9 @@ def train_with_stages(
 ) -> Result:
     """`train`, after the stage that the method starts from, where it has one.
 
-    The stage (AVID, for avid-cma) is a run of its own in runs/<stage>, beside `run`; it resumes too, and is a no-op
-    once finished. `init`: a finished run of that method to start from instead. `stage_config`: from `resolve_stage`.
+    The stage (AVID, for avid-cma) is a run of its own in runs/<stage>, beside `run`, after its own stage where it has
+    one; it resumes too, and is a no-op once finished. `init`: a finished run of that method to start from instead.
+    `stage_config`: from `resolve_stage`.
     """
     line = find_method(name)
     path = Path(run) if run is not None else Path("runs") / name
@@ -108,8 +110,13 @@ def train_with_stages(
             )
         stage = stage_config if stage_config is not None else resolve_stage(name, preset=config.preset)
         on_event(Event("stage", line.stage, text=f"{name} starts from {line.stage}, trained first in {before}"))
+        below = None
+        if find_method(line.stage).stage is not None:  # its own stage hears what it was told
+            values = stage.values()
+            told = [f"{key}={as_text(values[key])}" for key in sorted(stage.asked)]
+            below = resolve_stage(line.stage, preset=stage.preset, sets=told)
         try:
-            train(line.stage, store, stage, before, on_event=on_event, **selection)
+            train_with_stages(line.stage, store, stage, before, stage_config=below, on_event=on_event, **selection)
         except ConflictError as e:
             if before.joinpath("config.json").is_file() and "configuration" in e.what:
                 raise ConflictError(

@@ -240,16 +240,9 @@ def _state(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         except SafetensorError as e:
             raise CorruptError(f"{path} cannot be read", str(e), "use another file") from e
-    import pickle
+    from trainers import foreign
 
-    try:
-        value = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as e:
-        raise CorruptError(f"{path} cannot be read as weights", str(e).splitlines()[0], "use another file") from e
-    value = value.get("state_dict", value.get("model", value)) if isinstance(value, dict) else value
-    if not isinstance(value, dict) or not all(isinstance(x, Tensor) for x in value.values()):
-        raise CorruptError(f"{path} holds no weights", "a state dict maps names to tensors", "use another file")
-    return {k.removeprefix("module."): x for k, x in value.items()}
+    return foreign.state_dict_in(foreign.load_tensors_only(path), path)[0]
 
 
 def _vectors(source: str, store: Store, snapshot: Snapshot) -> tuple[np.ndarray, np.ndarray]:
