@@ -148,12 +148,12 @@ def _plain(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def weights_digest(method: nn.Module) -> str:
-    """12 hex digits over the names and bytes of a network's weights."""
-    h = hashlib.sha256()
-    for name, x in sorted(method.state_dict().items()):
-        h.update(name.encode())
-        h.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return h.hexdigest()[:12]
+    """12 hex digits over a network's weights: equal for equal tensors, whatever the method calls them."""
+    each = []
+    for x in method.state_dict().values():
+        data = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        each.append(hashlib.sha256(f"{tuple(x.shape)} {x.dtype}:".encode() + data).digest())
+    return hashlib.sha256(b"".join(sorted(each))).hexdigest()[:12]
 
 
 def configuration(store: Store, probed: Probed, recipe: Recipe, label: str) -> dict[str, Any]:

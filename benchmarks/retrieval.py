@@ -11,6 +11,7 @@ pixels, motion and spectrograms (benchmarks.raw). Not here: how ranks are counte
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -256,7 +257,7 @@ def retrieval(
         if leaking:
             notes.append(f"{run} was trained on {leaking} of the queries")
         if trained is None:
-            notes.append(f"{run}: its folder is not at {path}, so what it was trained on is unknown")
+            notes.append(f"{run}: {_why_unknown(path, store)}")
         used |= {i for i, s in enumerate(all_sides) if s in mine}
         for suffix, features in run_features(store, run).items():
             for i, sides in enumerate(mine):
@@ -264,10 +265,7 @@ def retrieval(
                 name = (run if each or method is None else method) + suffix
                 pairs: tuple[str, ...] = PAIRS if not suffix else ("v-v", "a-a")
                 score(results, name, features, sides, labels, levels, pairs, f"{run}/{sides.description}", ks)
-                missing = {m: len(sides.queries) - len(features.of(m, sides.queries)[1]) for m in features.vectors}
-                for modality, count in missing.items():
-                    if count:
-                        notes.append(f"{count} queries have no {modality} embeddings of {name}: left out")
+                notes += _left_out(store, name, features, sides)
     asked = [s for i, s in enumerate(all_sides) if i in used] or all_sides
     random_encoders(results, store, runs, run_paths or {}, everyone, asked, labels, levels, seeds, ks, progress, notes)
     if raw:
@@ -309,6 +307,33 @@ def trained_on(path: Path, store: Store) -> np.ndarray | None:
     return snapshot.numbers if snapshot.fingerprint == store.fingerprint else None
 
 
+def _why_unknown(path: Path, store: Store) -> str:
+    """Why `trained_on` does not know."""
+    from trainers.run import Run
+
+    try:
+        there = Run(path).snapshot.store
+    except AvstoreError:
+        return f"its folder is not at {path}, so what it was trained on is unknown"
+    return f"trained on another store, {Path(there).name}; whether these videos were in it is not known"
+
+
+def _left_out(store: Store, name: str, features: Features, sides: Sides) -> list[str]:
+    """A line for each modality that some queries lack: in the store (but not where all do), or in the embeddings."""
+    out = []
+    for m, have, word in (("v", store.has_picture, "pictures"), ("a", store.has_sound, "sound")):
+        if m not in features.vectors:
+            continue
+        with_it = sides.queries[have[sides.queries]]
+        without = len(sides.queries) - len(with_it)
+        if without and len(with_it):
+            out.append(f"{without} queries have no {word}: left out where they would need it")
+        missing = len(with_it) - len(features.of(m, with_it)[1])
+        if missing:
+            out.append(f"{missing} queries have no {m} embeddings of {name}: left out")
+    return out
+
+
 def method_of(store: Store, run: str) -> str | None:
     """The method that made a run's embeddings, by their lineage."""
     from avstore.durable import read_json
@@ -343,17 +368,22 @@ def random_encoders(
     progress: Progress,
     notes: list[str],
 ) -> None:
-    """Encoders of the runs' shape with random weights, `seeds` of them for each different configuration."""
+    """Encoders of the runs' shape with random weights, `seeds` of them for each different kind of network and clip:
+    equal ones twice would look like a spread of 0."""
     if not seeds:
         return
+    from benchmarks.blocks import with_weights
+    from benchmarks.finetune import weights_digest
     from trainers.embed import embed_random
+    from trainers.fit import needs_of
     from trainers.run import Run
 
     done: set[str] = set()
     for run in runs:
         try:
             opened = Run(run_paths.get(run, Path("runs") / run))
-            shape = opened.config.replace(seed=0).digest
+            needs = dataclasses.replace(needs_of(opened.config), labels=False, max_offset=0.0, copies=1)
+            shape = f"{weights_digest(with_weights(opened, 'random', 0))} {needs}"
         except AvstoreError:
             notes.append(f"no random-weight control for {run}: its folder is not there")
             continue

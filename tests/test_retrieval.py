@@ -18,7 +18,9 @@ from avstore.store import Store
 from benchmarks.raw import raw_features, shrunk
 from benchmarks.retrieval import choose_sides, retrieval, trained_on, unseen
 from benchmarks.table import Table
+from tests.tiny_run import config, store_in
 from tests.tiny_store import Tiny, default_spec, make_store
+from trainers.loop import train
 
 LABELS = ["cat", "dog", "owl"]
 
@@ -179,3 +181,47 @@ def test_shrunk_averages_areas() -> None:
     out = shrunk(picture)
     assert out[0, 1, 0] == 1.0 and out[2, 2, 1] == 0.25 and out.sum() == pytest.approx(1.25)
     assert shrunk(np.full((50, 50, 3), 51, np.uint8)) == pytest.approx(np.full((16, 16, 3), 0.2))
+
+
+def test_a_store_of_sound_is_told_of_nothing_it_cannot_have(tmp_path: Path) -> None:
+    videos = [Tiny(2, key=f"{i}.wav", label=LABELS[i % 2], split="test" if i % 3 == 0 else "train", picture=False)
+              for i in range(9)]  # fmt: skip
+    store = avstore.open(make_store(tmp_path / "a.zarr", videos, default_spec(sample_rate=24000)))
+    rng = np.random.default_rng(0)
+    vectors = {int(n): rng.normal(size=8) for n in store.numbers}
+    write_embeddings(store, "r", "audio", vectors)
+    write_embeddings(store, "r", "video", {0: np.full(8, np.nan), 1: np.full(8, np.nan)})
+    table = retrieval(store, ["r"], seeds=0, raw=False)
+    assert {r["pair"] for r in table.rows} == {"a-a"}
+    assert not [n for n in table.notes if "pictures" in n or "embeddings of" in n]
+
+
+def test_queries_that_lack_a_modality_or_its_embeddings_are_counted(tmp_path: Path) -> None:
+    videos = [Tiny(2, key=f"{i}.mp4", label="cat", split="test" if i < 4 else "train", sound=None if i == 0 else -1.0)
+              for i in range(8)]  # fmt: skip
+    store = avstore.open(make_store(tmp_path / "m.zarr", videos, default_spec(sample_rate=24000)))
+    rng = np.random.default_rng(0)
+    write_embeddings(store, "r", "video", {int(n): rng.normal(size=8) for n in store.numbers if n != 1})
+    write_embeddings(store, "r", "audio", {int(n): rng.normal(size=8) for n in store.numbers if n != 0})
+    notes = retrieval(store, ["r"], seeds=0, raw=False, levels=["class"]).notes
+    assert "1 queries have no sound: left out where they would need it" in notes
+    assert "1 queries have no v embeddings of avid: left out" in notes
+    assert not [n for n in notes if "no a embeddings" in n]
+
+
+def test_equal_random_networks_count_once_and_other_stores_are_named(tmp_path: Path) -> None:
+    store = store_in(tmp_path / "here", codec="jpeg")
+    for name, sets in (("a", ()), ("b", ("learning_rate=0.001",)), ("c", ("width=8",))):
+        train("avid", store, config("steps=1", *sets), tmp_path / "runs" / name)
+        write_embeddings(store, name, "video", {int(n): np.eye(12)[n] for n in store.numbers})
+    folders = {name: tmp_path / "runs" / name for name in "abc"}
+    for names, count in ((["a"], 1), (["a", "b"], 1), (["a", "b", "c"], 2)):
+        table = retrieval(store, names, seeds=1, raw=False, levels=["class"], run_paths=folders)
+        assert cell(table, "class", "v-v", "random weights", "of") == count
+        assert not [n for n in table.notes if "unknown" in n or "not known" in n]
+    other = store_in(tmp_path / "there", codec="jpeg", fps=8)
+    write_embeddings(other, "a", "video", {int(n): np.eye(12)[n] for n in other.numbers})
+    notes = retrieval(other, ["a"], seeds=0, raw=False, levels=["class"], run_paths=folders).notes
+    assert "a: trained on another store, tiny.zarr; whether these videos were in it is not known" in notes
+    notes = retrieval(other, ["a"], seeds=0, raw=False, levels=["class"]).notes
+    assert [n for n in notes if n.startswith("a: its folder is not at")]
