@@ -2,7 +2,8 @@
 
 The protocol of `tuning.py` on each official division, averaged: columns split1, split2, ... (UCF101, HMDB51), else
 `fold`, else `split`. The last epoch counts; `select=best` adds a row with the best epoch on the test part, as
-CrissCross reports it, labelled; `select=validation` takes the best epoch on a tenth of training (S1).
+CrissCross reports it, labelled; `select=validation` takes the best epoch on a tenth of training (S1). Paired tests over
+parts and seeds compare methods with each other and with scratch (`paired.py`).
 
 Controls: the same networks from random weights with as many epochs, all of which train everything; the commonest class.
 Each (weights, part, seed) is kept as JSON in a work folder and not done again; another configuration there is refused.
@@ -23,7 +24,7 @@ from torch import nn
 
 from avstore.durable import canonical_json, machine_errors, read_json, write_atomic
 from avstore.errors import ConflictError, CorruptError, UsageError, did_you_mean
-from benchmarks import blocks, probing
+from benchmarks import blocks, paired, probing
 from benchmarks.probing import Outcome, Part, Probed
 from benchmarks.recipe import Recipe
 from benchmarks.table import Table
@@ -244,6 +245,10 @@ def bench(
         f"{recipe.warm_up + recipe.epochs} epochs",
         *_seen(store, runs, probed),
     ]
+    methods = [n for n in found if not n.startswith("from scratch")]
+    pairs = {n: [float(np.mean([t.video for t in results[p.name, s]])) for p in probed.parts for s in range(seeds)]
+             for n, results in found.items()}  # fmt: skip
+    notes += paired.lines(pairs, "parts and seeds", [n for n in found if n not in methods])
     if recipe.select == "best":
         notes.append("best test epoch: chosen on the test part (CrissCross' reporting), optimistic by construction")
     if recipe.select == "validation":

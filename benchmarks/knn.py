@@ -107,4 +107,5 @@ def bench(
         rows,
         probed,
         (f"conv5x pooled by mean, {clips} clips of a video; weights exp(cosine / {TEMPERATURE:g})",),
+        [run.config.name for run in runs],
     )

@@ -194,6 +194,7 @@ def bench(
             *(["backbone in train mode, as published: batch statistics of the probe's videos, test part included"]
               if train_mode else []),
         ),
+        [run.config.name for run in runs],
     )  # fmt: skip
 
 

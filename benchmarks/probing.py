@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from avstore.errors import UsageError, did_you_mean
+from benchmarks import paired
 from benchmarks.rank import folds
 from benchmarks.table import Table
 
@@ -208,6 +209,7 @@ def row(features: str, block: str, outcomes: Sequence[Sequence[Outcome]]) -> dic
         "of parts": tuple(round(p, 3) for p in per_part),
         "of": len(flat),
         "setting": ", ".join(settings),
+        "values": per_part,
     }
 
 
@@ -219,8 +221,10 @@ def standardised(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.nd
     return ((train - mean) / sd).astype(np.float32), ((test - mean) / sd).astype(np.float32)
 
 
-def table(title: str, rows: list[dict[str, Any]], probed: Probed, notes: Sequence[str] = ()) -> Table:
-    """The table of a probe."""
+def table(
+    title: str, rows: list[dict[str, Any]], probed: Probed, notes: Sequence[str] = (), compared: Sequence[str] = ()
+) -> Table:
+    """The table of a probe. compared: features whose rows of one block are tested against each other, over parts."""
     counts = ", ".join(f"{len(p.train)}/{len(p.test)}" for p in probed.parts[:3])
     return Table(
         title,
@@ -230,8 +234,18 @@ def table(title: str, rows: list[dict[str, Any]], probed: Probed, notes: Sequenc
             f"{len(probed.numbers)} videos, {len(probed.classes)} classes; {probed.description}; trained on / tested "
             f"on {counts}{' ...' if len(probed.parts) > 3 else ''}. sd: over parts and runs",
             *notes,
+            *differences(rows, compared),
         ),
     )
+
+
+def differences(rows: Sequence[dict[str, Any]], compared: Sequence[str]) -> list[str]:
+    """A line with a paired test over parts for each two of the `compared` features in each block (`paired.py`)."""
+    out = []
+    for block in dict.fromkeys(r.get("block") for r in rows):
+        mine = {r["features"]: r["values"] for r in rows if r.get("block") == block and r["features"] in compared}
+        out += [f"{block}, {line}" if block else line for line in paired.lines(mine, "parts")]
+    return out
 
 
 def by_name(published: Mapping[str, float]) -> list[dict[str, Any]]:

@@ -211,6 +211,7 @@ def bench(
         (f"{clips} clips of a recording, decision values averaged; C "
          + (f"{fixed:g}" if fixed is not None else "chosen within the training part")
          + ("; training clips at random places with random loudness" if augment else ""),),
+        [run.config.name for run in runs],
     )  # fmt: skip
 
 

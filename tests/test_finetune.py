@@ -216,7 +216,10 @@ def test_the_bench_keeps_what_is_done(trained, tmp_path, capsys, monkeypatch):
     first, second = table["rows"][:2]
     assert first["of"] == second["of"] == 2 and len(first["values"]) == 2 and 0 <= first["clip top-1"] <= 1
     assert len(list(work.glob("*.json"))) == 1 + 4
-    assert any("saw" in n for n in table["notes"]) is False  # the last two were held out
+    assert not any("saw" in n for n in table["notes"])  # the last two were held out
+    difference = np.mean(np.array(first["values"]) - second["values"])
+    assert any(n.startswith(f"avid - from scratch: {difference:+.3f} ") and "over 2 parts and seeds" in n
+               for n in table["notes"])  # fmt: skip
 
     def never(*_, **__):
         raise AssertionError("done twice")
