@@ -5,9 +5,11 @@
 
 Maps (clips-and-protocols.md 3, ours): Grad-CAM (Selvaraju et al. 2017, eqs. 1-2) without classes. The score is the
 cosine s of the clip's v and a; with the maps A_c of a block, w_c = mean over places of ds/dA_c and
-L = ReLU(sum_c w_c A_c), linearly enlarged over the clip, divided by its maximum. It shows what speaks for the match of
-sight and sound; where nothing does, L is zero everywhere and stays so. Not here: class activation maps of a fine-tuned
-head, and a page's looks (`page.py`).
+L = ReLU(sum_c w_c A_c), linearly enlarged over the clip, divided by its maximum. form "product" leaves the mean out,
+L = ReLU(sum_c ds/dA_c A_c) place by place (HiResCAM, Draelos and Carin 2020): behind a maximum over places, as in AVID,
+that is where the maxima were. Both show what speaks for the match of sight and sound; where nothing does, L is zero.
+
+Not here: class activation maps of a fine-tuned head, and the page of it all (`explain_page.py`).
 """
 
 # legend: B clips, C channels, T frames, H x W pixels, F spectrogram frames, M bins
@@ -18,6 +20,7 @@ import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
     from avstore.store import Store
     from trainers.run import Run
 
+FORMS = ("grad-cam", "product")
 PROJECTIONS = ("pca", "tsne", "umap")
 TILE = 112  # pixels of a frame in a picture of saliency
 FRAMES = 6  # of a clip that are shown
@@ -83,7 +87,9 @@ class FeatureMap:
 # ---- saliency ---------------------------------------------------------------------------------------------------
 
 
-def attend(method: nn.Module, embed: Embed, video: Tensor, audio: Tensor, block: str = "conv5x") -> tuple[Tensor, ...]:
+def attend(
+    method: nn.Module, embed: Embed, video: Tensor, audio: Tensor, block: str = "conv4x", form: str = "grad-cam"
+) -> tuple[Tensor, ...]:
     """(cosine (B,), maps of sight (B, T, H, W), of sound (B, F, M)), maps in [0, 1].
 
     video (B, 3, T, H, W), audio (B, 1, F, M); `embed(video, audio)` gives 'video' and 'audio' of one width. The maps
@@ -115,14 +121,18 @@ def attend(method: nn.Module, embed: Embed, video: Tensor, audio: Tensor, block:
                 f"{type(method).__name__}: its {'video' if modality == 'v' else 'audio'} vectors come from no {block}",
                 "the score does not depend on any such map",
             )
-        out.append(cam(*used[0], tuple(size)))
+        out.append(cam(*used[0], tuple(size), form))
     return cosine.detach(), out[0], out[1]
 
 
-def cam(maps: Tensor, slopes: Tensor, size: tuple[int, ...]) -> Tensor:
-    """Grad-CAM: maps and d score / d maps (B, C, ...) -> (B, *size) in [0, 1], each clip divided by its maximum."""
-    weight = slopes.float().flatten(2).mean(2)
-    found = F.relu(torch.einsum("bc,bcn->bn", weight, maps.float().flatten(2))).reshape(len(maps), 1, *maps.shape[2:])
+def cam(maps: Tensor, slopes: Tensor, size: tuple[int, ...], form: str = "grad-cam") -> Tensor:
+    """Maps and d score / d maps (B, C, ...) -> (B, *size) in [0, 1], each clip divided by its maximum. See FORMS."""
+    if form not in FORMS:
+        raise UsageError(f"no form of saliency {form!r}", did_you_mean(form, FORMS))
+    maps, slopes = maps.float(), slopes.float()
+    if form == "grad-cam":
+        slopes = slopes.flatten(2).mean(2).reshape(*slopes.shape[:2], *[1] * (slopes.dim() - 2))
+    found = F.relu((slopes * maps).sum(1, keepdim=True))
     mode = "trilinear" if len(size) == 3 else "bilinear"
     large = F.interpolate(found, size, mode=mode, align_corners=False)[:, 0]
     most = large.flatten(1).amax(1)
@@ -160,7 +170,8 @@ def saliency(
     store: Store,
     pairs: Sequence[tuple[int, int]],
     *,
-    block: str = "conv5x",
+    block: str = "conv4x",
+    form: str = "grad-cam",
     which: str | int = "latest",
     device: str = "auto",
     method: nn.Module | None = None,
@@ -169,6 +180,8 @@ def saliency(
     whatever weights). UsageError where a video lacks sight or sound."""
     if block not in BLOCKS:
         raise UsageError(f"no block {block!r}", did_you_mean(block, BLOCKS))
+    if form not in FORMS:
+        raise UsageError(f"no form of saliency {form!r}", did_you_mean(form, FORMS))
     for number, second in pairs:
         number = store[number].number
         if not (store.has_picture[number] and store.has_sound[number]):
@@ -195,9 +208,8 @@ def saliency(
             video = embedder.normaliser.video(on["frames"], raw.box, here, on["has_picture"])
             audio = embedder.normaliser.audio(on["waveform"], here, on["has_sound"])
             share = on["valid_samples"] / on["waveform"].shape[1] if embedder.wants_share else None
-            cosine, sight, sound = attend(
-                embedder.method, lambda v, a, share=share: embedder._embed(v, a, share), video, audio, block
-            )
+            embed = partial(_embedded, embedder, share)
+            cosine, sight, sound = attend(embedder.method, embed, video, audio, block, form)
             shown = ((video[0].float().cpu() * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
             out.append(
                 Saliency(
@@ -212,6 +224,10 @@ def saliency(
                 )
             )
     return out
+
+
+def _embedded(embedder: Embedder, share: Tensor | None, video: Tensor, audio: Tensor) -> dict[str, Tensor]:
+    return embedder._embed(video, audio, share)
 
 
 def overlaid(base: np.ndarray, heat: np.ndarray) -> np.ndarray:

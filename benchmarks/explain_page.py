@@ -59,7 +59,8 @@ def explain(
     second: int | None = None,
     count: int = 4,
     points: int = 200,
-    block: str = "conv5x",
+    block: str = "conv4x",
+    form: str = "grad-cam",
     how: str = "pca",
     which: str | int = "latest",
     label: str = "label",
@@ -89,7 +90,7 @@ def explain(
     found: list[list[Saliency]] = []
     for i, run in enumerate(runs):
         progress("saliency", i, len(runs))
-        found.append(saliency(run, store, pairs, block=block, which=which, device=device))
+        found.append(saliency(run, store, pairs, block=block, form=form, which=which, device=device))
     figures = []
     for of_runs in zip(*found, strict=True) if pairs else ():
         data = png(saliency_picture(of_runs))
@@ -99,7 +100,7 @@ def explain(
         figures.append(page.picture(uri(data, "image/png"), _caption(store, of_runs, label)))
     if figures:
         note = (
-            f"Gradient of the cosine of sight and sound with respect to {block}, times its activation (Grad-CAM), over "
+            f"Gradient of the cosine of sight and sound with respect to {block}, times its activation ({form}), over "
             f"the clip. Two lines of each run ({', '.join(r.name for r in runs)}): what the network got, and the map "
             "on it, bright where it speaks for the match. Frames left, spectrogram right: time runs to the right, low "
             "notes are below."
@@ -146,8 +147,9 @@ def _maps(folder: Path, store: Store, maps: Sequence[FeatureMap], label: str, fi
     figures = []
     for m in maps:
         labels = [x or "none" for x in _labels(store, m.numbers, label)]
-        names = [name for name, _ in Counter(labels).most_common(page.COLOURS - 1)]
-        names = sorted(names) if len(set(labels)) <= page.COLOURS - 1 else [*sorted(names), "the rest"]
+        names = sorted(set(labels))
+        if len(names) > page.COLOURS:
+            names = [*sorted(n for n, _ in Counter(labels).most_common(page.COLOURS - 1)), "the rest"]
         colour = np.array([names.index(x) if x in names else len(names) - 1 for x in labels])
         groups = [
             page.Dots(name, p[colour == c], c, shape)
@@ -169,9 +171,11 @@ def _maps(folder: Path, store: Store, maps: Sequence[FeatureMap], label: str, fi
         )
     ]
     bars = []
+    every = np.concatenate([x for m in maps for x in (m.cosine, m.others)])
+    span = (float(every.min()), float(every.max()))  # the same for all runs
     for m in maps:
         title = f"{m.run}: cosine of sight and sound"
-        bars.append(page.histogram(title, [("own", m.cosine), ("of another video", m.others)], x="cosine"))
+        bars.append(page.histogram(title, [("own", m.cosine), ("of another video", m.others)], x="cosine", span=span))
         files.append(folder / f"cosines-{m.run}.svg")
         write_atomic(files[-1], page.standalone(bars[-1]).encode())
     out.append(page.section("Histogram", f'<div class="charts">{"".join(bars)}</div>', "Shares of the pairs per bin."))

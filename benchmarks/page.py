@@ -25,6 +25,7 @@ from benchmarks.table import Table
 WIDTH, HEIGHT = 360, 200  # of a chart, in its own units: about the pixels that it has on a phone
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 26
 POINTS = 400  # of a curve at most
+NOTES = 4  # under a table; more are folded
 COLOURS = 8
 
 STYLE = """
@@ -106,7 +107,7 @@ font-size:.85rem;margin-top:10px}
 .picture{display:block;max-width:100%;height:auto;border-radius:8px;border:1px solid var(--line);background:#fff}
 .pictures{display:grid;gap:14px;grid-template-columns:repeat(auto-fit,minmax(min(440px,100%),1fr));margin-top:12px}
 .pictures figure{margin:0;min-width:0}
-details{margin-top:14px}summary{cursor:pointer;color:var(--accent)}
+details{margin-top:14px}summary,summary.note{cursor:pointer;color:var(--accent)}
 @media print{.card,.chart,.row{break-inside:avoid}.heard i{display:none}}
 """
 
@@ -212,7 +213,12 @@ def table(value: Table) -> str:
         )
         names = ["control"] * any(w in words for w in CONTROLS) + ["first"] * bool(same and at and not same[-1])
         out.append(f'<tr class="{" ".join(names)}">{line}</tr>')
-    notes = "".join(f'<p class="note">{escaped(n)}</p>' for n in value.notes)
+    told = [f'<p class="note">{escaped(n)}</p>' for n in value.notes]
+    notes = "".join(told[:NOTES])
+    if told[NOTES:]:
+        notes += (
+            f'<details><summary class="note">{len(told) - NOTES} more notes</summary>{"".join(told[NOTES:])}</details>'
+        )
     return (
         f"<h3>{escaped(value.title)}</h3>"
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(out)}</tbody></table></div>{notes}'
@@ -313,14 +319,23 @@ def _running(p: np.ndarray, n: int) -> np.ndarray:
     return np.stack([p[:, 0], (total[end] - total[start]) / (end - start)], 1)
 
 
-def histogram(title: str, groups: Sequence[tuple[str, np.ndarray]], *, x: str, bins: int = 40) -> str:
-    """Shares of each group per bin, drawn over each other; `groups` are (name, values). "" without any values."""
+def histogram(
+    title: str,
+    groups: Sequence[tuple[str, np.ndarray]],
+    *,
+    x: str,
+    bins: int = 40,
+    span: tuple[float, float] | None = None,
+) -> str:
+    """Shares of each group per bin, drawn over each other; `groups` are (name, values). span: from where to where, all
+    values by default. "" without any values."""
     filled = [(n, np.asarray(v, float)[np.isfinite(np.asarray(v, float))]) for n, v in groups]
     filled = [(n, v) for n, v in filled if len(v)]
     if not filled:
         return ""
     every = np.concatenate([v for _, v in filled])
-    edges = np.linspace(every.min(), max(every.max(), every.min() + 1e-9), bins + 1)
+    low, high = (float(every.min()), float(every.max())) if span is None else span
+    edges = np.linspace(low, max(high, low + 1e-9), bins + 1)
     shares = [(n, np.histogram(v, edges)[0] / len(v)) for n, v in filled]
     top = max(float(s.max()) for _, s in shares)
     axes, to_x, to_y = _axes((float(edges[0]), float(edges[-1])), (0.0, top * 1.05), x)

@@ -107,7 +107,7 @@ def counts(store: Store) -> str:
         if len(found) > 1:
             told = ", ".join(f"{v} {n:,}" for v, n in found.most_common(12)) + (", \u2026" if len(found) > 12 else "")
             body += f'<p class="note">{page.escaped(name)}: {len(found)} values. {page.escaped(told)}</p>'
-    return page.section("Store", body, str(store.path.name))
+    return page.section("Store", body, f"{store.path.name}, fingerprint {store.fingerprint}")
 
 
 def failures(store: Store) -> str:
@@ -159,7 +159,9 @@ def training(run: Run) -> str:
         return page.Curve(name, step, kept)
 
     others = [k for k in dict.fromkeys(k for x in lines for k in x) if k not in ALONE]
-    terms = [k for k in others if any(x.get(k) not in (None, 0, 0.0) for x in lines)]
+    values = {k: {x[k] for x in lines if isinstance(x.get(k), int | float)} for k in others}
+    terms = [k for k in others if len(values[k]) > 1]
+    fixed = [f"{k.replace('_', ' ')} {next(iter(values[k])):.4g}" for k in others if len(values[k]) == 1]
     figures = [
         page.chart("Loss", [curve("loss", "loss")], smooth=smooth),
         page.chart("Milliseconds of a step", [curve(n, k, 1000) for n, k in TIMES], zero=True),
@@ -172,6 +174,8 @@ def training(run: Run) -> str:
     total = [sum(float(x.get(k) or 0) for x in lines) for _, k in TIMES]
     if sum(total):
         note += f" Waiting for data took {100 * total[0] / sum(total):.1f} % of the time of the logged steps."
+    if fixed:
+        note += f" The same throughout: {', '.join(fixed)}."
     if smooth > 1:
         note += f" Strong lines: mean of the last {smooth} points; behind them the points."
     return page.section(title, f'<div class="charts">{"".join(figures)}</div>', note)
@@ -196,7 +200,8 @@ def about(run: Run) -> str:
     listed = page.table(Table("Every key", ("key", "value"), rows))
     note = ""
     if (run.path / "snapshot.json").is_file():
-        note = f"{run.snapshot.selection}. " + " ".join(f"{n}." for n in run.snapshot.notes)
+        told = [run.snapshot.selection, *run.snapshot.notes]
+        note = " ".join(f"{t[:1].upper()}{t[1:].rstrip('.')}." for t in dict.fromkeys(told) if t)
     body = page.tiles(values) + f"<details><summary>Configuration, {len(rows)} keys</summary>{listed}</details>"
     return page.section(f"Run {run.name}", body, note)
 
@@ -266,6 +271,6 @@ def report(
                 parts += sheet(store, name, pairs=pairs, count=queries, seed=seed, label=label)
     parts.append(pictured(shown))
     title = " and ".join(r.name for r in runs) if runs else str(store.path.name) if store is not None else ""
-    sub = "A report of a training run" if runs else "A report of a store"
+    sub = "A report of a store" if not runs else "A report of a training run" if len(runs) == 1 else "A report of runs"
     where = f", on {store.path.name}" if runs and store is not None else ""
     return page.page(title, f"{sub}{where}.", [p for p in parts if p], menu=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -85,8 +85,8 @@ def retrieval(
         from benchmarks.sheet import sheet
 
         shown = list(dict.fromkeys(names))
-        options = {"gallery": gallery or (), "queries": queries or (), "label": label}
-        parts = [s for n in shown for s in sheet(opened, n, **options, **selection(where, list_, None, 0))]
+        sides: dict[str, Any] = {"gallery": gallery or (), "queries": queries or (), **selection(where, list_, None, 0)}
+        parts = [s for n in shown for s in sheet(opened, n, label=label, **sides)]
         parts.insert(0, page.section("Results", page.table(table)))
         text = page.page("Retrieval by example", f"{', '.join(shown)} in {opened.path.name}", parts, menu=True)
         write_atomic(html, text.encode())

@@ -19,7 +19,8 @@ def explain(
     video: Annotated[list[int] | None, typer.Option(metavar="NUMBER", help="A video to map, repeatable.")] = None,
     second: Annotated[int | None, typer.Option(help="Of each. Default: its middle.")] = None,
     count: Annotated[int, typer.Option(help="Videos to map where none is named.")] = 4,
-    block: Annotated[str, typer.Option(help="conv5x; conv4x shows finer maps.")] = "conv5x",
+    block: Annotated[str, typer.Option(help="conv2x ... conv5x: later ones are coarser.")] = "conv4x",
+    form: Annotated[str, typer.Option(help="grad-cam, or product: place by place.")] = "grad-cam",
     projection: Annotated[str, typer.Option(help="pca, tsne or umap.")] = "pca",
     points: Annotated[int, typer.Option(help="Videos in the map of features; 0: none.")] = 200,
     label: Annotated[str, typer.Option(help="The column that colours it.")] = "label",
@@ -45,8 +46,8 @@ def explain(
 
         made = make(
             opened, runs, output, numbers=numbers, videos=video or (), second=second, count=count, points=points,
-            block=block, how=projection, which=int(checkpoint) if checkpoint.isdigit() else checkpoint, label=label,
-            seed=seed, device=device, progress=show,
+            block=block, form=form, how=projection, label=label, seed=seed, device=device, progress=show,
+            which=int(checkpoint) if checkpoint.isdigit() else checkpoint,
         )  # fmt: skip
     if json:
         console.as_json(made.table.to_json())

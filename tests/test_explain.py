@@ -30,7 +30,7 @@ class Sees(Encoder):
 
     def forward_blocks(self, x: Tensor) -> dict[str, Tensor]:
         small = F.avg_pool3d(x, (1, 8, 8)) if x.dim() == 5 else F.avg_pool2d(x, 8)
-        return {name: F.relu(small * self.gain) for name in ("conv2x", "conv3x", "conv4x", "conv5x")}
+        return dict.fromkeys(("conv2x", "conv3x", "conv4x", "conv5x"), F.relu(small * self.gain))
 
 
 class Planted(nn.Module):
@@ -108,6 +108,14 @@ def test_gradcam_by_hand() -> None:
     assert torch.allclose(cam(maps, slopes, (2, 2)), torch.tensor([[[0.0, 0.5], [0.75, 1.0]]]))
     assert float(cam(maps, -slopes.abs(), (2, 2)).abs().max()) == 0  # nothing speaks for it: no map, no NaN
     assert cam(maps, slopes, (8, 6)).shape == (1, 8, 6)
+    # product: [[1 - 8, 2], [3, 4]], and where only one place has a slope, that place alone
+    assert torch.allclose(cam(maps, slopes, (2, 2), "product"), torch.tensor([[[0.0, 0.5], [0.75, 1.0]]]))
+    once = torch.zeros(1, 2, 2, 2)
+    once[0, 0, 1, 0] = 0.3
+    assert cam(maps, once, (2, 2), "product").tolist() == [[[0, 0], [1, 0]]]
+    assert cam(maps, once, (2, 2)).tolist() == [[[0.25, 0.5], [0.75, 1]]]
+    with pytest.raises(UsageError, match="grad-cam"):
+        cam(maps, once, (2, 2), "gradcam")
 
 
 def test_attend_refuses_what_it_cannot_show() -> None:
