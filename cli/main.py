@@ -37,6 +37,7 @@ from cli import (
     query,
     report,
     store,
+    summarize,
     train,
 )
 
@@ -92,6 +93,7 @@ app.command("embed")(embed.embed)
 app.command("export")(export.export)
 app.command("convert")(convert.convert)
 app.command("query")(query.query)
+app.command("summarize")(summarize.summarize)
 app.command("explain")(explain.explain)
 app.command("report")(report.report)
 benches = typer.Typer(help="Measure: quality and speed.", no_args_is_help=True, **plain)
