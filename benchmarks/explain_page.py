@@ -22,6 +22,7 @@ from avstore.durable import machine_errors, write_atomic
 from avstore.errors import NotFoundError, UsageError
 from benchmarks import page
 from benchmarks.card import png, uri
+from benchmarks.chart import COLOURS, Dots, histogram, scatter, standalone
 from benchmarks.explain import (
     FeatureMap,
     Saliency,
@@ -148,20 +149,20 @@ def _maps(folder: Path, store: Store, maps: Sequence[FeatureMap], label: str, fi
     for m in maps:
         labels = [x or "none" for x in _labels(store, m.numbers, label)]
         names = sorted(set(labels))
-        if len(names) > page.COLOURS:
-            names = [*sorted(n for n, _ in Counter(labels).most_common(page.COLOURS - 1)), "the rest"]
+        if len(names) > COLOURS:
+            names = [*sorted(n for n, _ in Counter(labels).most_common(COLOURS - 1)), "the rest"]
         colour = np.array([names.index(x) if x in names else len(names) - 1 for x in labels])
         groups = [
-            page.Dots(name, p[colour == c], c, shape)
+            Dots(name, p[colour == c], c, shape)
             for c, name in enumerate(names)
             for p, shape in ((m.video, "o"), (m.audio, "^"))
             if (colour == c).any()
         ]
         words = {"pca": "PCA", "tsne": "t-SNE", "umap": "UMAP"}
-        drawn = page.scatter(f"{m.run}, {words[m.how]}", groups, list(zip(names, range(len(names)), strict=True)))
+        drawn = scatter(f"{m.run}, {words[m.how]}", groups, list(zip(names, range(len(names)), strict=True)))
         figures.append(drawn)
         files.append(folder / f"map-{m.run}.svg")
-        write_atomic(files[-1], page.standalone(drawn).encode())
+        write_atomic(files[-1], standalone(drawn).encode())
     out = [
         page.section(
             "Feature map",
@@ -175,9 +176,9 @@ def _maps(folder: Path, store: Store, maps: Sequence[FeatureMap], label: str, fi
     span = (float(every.min()), float(every.max()))  # the same for all runs
     for m in maps:
         title = f"{m.run}: cosine of sight and sound"
-        bars.append(page.histogram(title, [("own", m.cosine), ("of another video", m.others)], x="cosine", span=span))
+        bars.append(histogram(title, [("own", m.cosine), ("of another video", m.others)], x="cosine", span=span))
         files.append(folder / f"cosines-{m.run}.svg")
-        write_atomic(files[-1], page.standalone(bars[-1]).encode())
+        write_atomic(files[-1], standalone(bars[-1]).encode())
     out.append(page.section("Histogram", f'<div class="charts">{"".join(bars)}</div>', "Shares of the pairs per bin."))
     return out
 

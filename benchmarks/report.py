@@ -20,6 +20,7 @@ from avstore.errors import CorruptError, NotFoundError, UsageError
 from avstore.index import embedded_runs
 from benchmarks import page
 from benchmarks.card import Told, card, uri
+from benchmarks.chart import Curve, chart
 from benchmarks.sheet import draw, sheet
 from benchmarks.table import Table
 
@@ -153,22 +154,22 @@ def training(run: Run) -> str:
     step = [float(x["step"]) for x in lines]
     smooth = max(1, len(lines) // 20)
 
-    def curve(name: str, key: str, scale: float = 1) -> page.Curve:
+    def curve(name: str, key: str, scale: float = 1) -> Curve:
         values = [x.get(key) for x in lines]
         kept = [scale * v if isinstance(v, int | float) and not isinstance(v, bool) else None for v in values]
-        return page.Curve(name, step, kept)
+        return Curve(name, step, kept)
 
     others = [k for k in dict.fromkeys(k for x in lines for k in x) if k not in ALONE]
     values = {k: {x[k] for x in lines if isinstance(x.get(k), int | float)} for k in others}
     terms = [k for k in others if len(values[k]) > 1]
     fixed = [f"{k.replace('_', ' ')} {next(iter(values[k])):.4g}" for k in others if len(values[k]) == 1]
     figures = [
-        page.chart("Loss", [curve("loss", "loss")], smooth=smooth),
-        page.chart("Milliseconds of a step", [curve(n, k, 1000) for n, k in TIMES], zero=True),
-        page.chart("Clips per second", [curve("clips/s", "clips_per_s")], zero=True, smooth=smooth),
-        page.chart("Learning rate", [curve("lr", "lr")], zero=True),
-        page.chart("Gradient norm", [curve("norm", "grad_norm")], zero=True, smooth=smooth),
-        *(page.chart(k.replace("_", " "), [curve(k, k)], smooth=smooth) for k in terms),
+        chart("Loss", [curve("loss", "loss")], smooth=smooth),
+        chart("Milliseconds of a step", [curve(n, k, 1000) for n, k in TIMES], zero=True),
+        chart("Clips per second", [curve("clips/s", "clips_per_s")], zero=True, smooth=smooth),
+        chart("Learning rate", [curve("lr", "lr")], zero=True),
+        chart("Gradient norm", [curve("norm", "grad_norm")], zero=True, smooth=smooth),
+        *(chart(k.replace("_", " "), [curve(k, k)], smooth=smooth) for k in terms),
     ]
     note = f"{len(lines)} logged steps of {int(step[-1])}."
     total = [sum(float(x.get(k) or 0) for x in lines) for _, k in TIMES]

@@ -21,7 +21,8 @@ import avstore
 from avstore.errors import CorruptError, NotFoundError, UsageError
 from avstore.store import Store
 from benchmarks.card import Told, card, coloured, film, png, shrunk, wav, window
-from benchmarks.page import SCRIPT, Curve, chart, escaped, histogram, page, section, table, ticks
+from benchmarks.chart import Curve, Dots, chart, histogram, scatter, standalone, ticks
+from benchmarks.page import SCRIPT, escaped, page, section, table
 from benchmarks.report import contact, failures, read_picture, read_tables, report
 from benchmarks.sheet import draw, nearest, sheet
 from benchmarks.table import Table
@@ -131,6 +132,22 @@ def test_a_running_mean_and_a_histogram_by_hand() -> None:
     shares = histogram("h", [("all left", np.zeros(9)), ("half", np.array([0.0, 1.0]))], x="cosine", bins=2)
     assert shares.count("<polygon") == 2 and "all left" in shares
     assert histogram("h", [("none", np.array([np.nan]))], x="cosine") == ""
+
+
+def test_a_map_puts_dots_to_one_scale_and_stands_alone_as_svg() -> None:
+    import xml.etree.ElementTree as tree
+
+    dots = [Dots("a", np.array([[0.0, 0.0], [2.0, 1.0]]), 0), Dots("a", np.array([[1.0, 0.5]]), 1, "^")]
+    text = scatter("<map>", dots, [("a<", 0)])
+    at = [(float(x), float(y)) for x, y in re.findall(r'cx="([^"]+)" cy="([^"]+)"', text)]
+    assert at == [(8.0, 266.0), (352.0, 94.0)]  # 172 units for 1, in both directions; y upwards
+    assert text.count("<path") == 1 and "a&lt;" in text
+    root = tree.fromstring(standalone(text))
+    assert root.tag == "{http://www.w3.org/2000/svg}svg" and len(root) == 4
+    with pytest.raises(UsageError, match="not there"):
+        scatter("x", [], [])
+    with pytest.raises(UsageError, match="without a drawing"):
+        standalone("<p>")
 
 
 def test_a_table_marks_controls_and_drops_what_is_empty() -> None:
