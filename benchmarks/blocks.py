@@ -72,7 +72,7 @@ def pooled(maps: Mapping[str, Tensor], grids: Mapping[str, int], how: Literal["a
     out = {}
     for name, g in grids.items():
         x = maps[name]
-        size = tuple(min(g, s) for s in x.shape[-2:])
+        size = min(g, x.shape[-2]), min(g, x.shape[-1])
         if x.dim() == 5:
             x = F.adaptive_max_pool3d(x, (1, *size)) if how == "max" else F.adaptive_avg_pool3d(x, (1, *size))
         else:

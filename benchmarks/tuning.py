@@ -152,7 +152,7 @@ class Classifier(nn.Module):
         self.nets = nn.ModuleDict({m: trunk(method, m) for m in ("v", "a") if m in recipe.modality})
         self.fusion = getattr(method, "amfm", None) if recipe.modality == "av" else None
         self.hear: Any = getattr(method, "hear", None)  # its spectrogram as its sound network wants it
-        width = sum(int(net.dim) for net in self.nets.values())  # type: ignore[arg-type]
+        width = sum(int(net.dim) for net in self.nets.values())  # type: ignore[arg-type,misc]
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(key(seed, HEAD) & (2**63 - 1))
             layers: list[nn.Module] = [nn.Dropout(recipe.dropout)]
@@ -232,7 +232,7 @@ def tune(
         train, held = _hold_out(store, train, seed)
     net = Classifier(method, classes, recipe, seed).to(on)
     for name, x in net.nets.items():
-        x.to(memory_format=torch.channels_last_3d if name == "v" else torch.channels_last)
+        x.to(memory_format=torch.channels_last_3d if name == "v" else torch.channels_last)  # type: ignore[call-overload]
     low = choose_precision(recipe.precision, on) == "bf16"
 
     def autocast() -> contextlib.AbstractContextManager[Any]:

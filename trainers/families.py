@@ -180,11 +180,11 @@ def family_of(kind: str, state: Mapping[str, Tensor], avid: bool = True) -> Fami
     depth = {4: 10, 8: 18, 16: 34}.get(len(blocks))
     if depth is None or "conv1.0.weight" not in state:
         return None
-    values: dict[str, Any] = {
+    found: dict[str, Any] = {
         "video_net": f"avid-r2plus1d-{depth}",
         "video_width": int(state["conv1.0.weight"].shape[0]),
     }
     if not avid:
         clip = {"frames": 8, "fps": 16, "size": 112, "video_pool": "avg"}
-        return Family("crisscross-video", values | clip, _avid_video)
-    return Family("avid-video", values | {"frames": 8, "fps": 16, "size": 224, "video_pool": "max"}, _avid_video)
+        return Family("crisscross-video", found | clip, _avid_video)
+    return Family("avid-video", found | {"frames": 8, "fps": 16, "size": 224, "video_pool": "max"}, _avid_video)
