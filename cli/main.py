@@ -25,6 +25,7 @@ from cli import (
     bench_probe,
     bench_step,
     bench_summarize,
+    bench_untrimmed,
     console,
     convert,
     demo,
@@ -103,6 +104,7 @@ benches.command("linear")(bench_probe.linear)
 benches.command("knn")(bench_probe.knn)
 benches.command("finetune")(bench_finetune.finetune)
 benches.command("summarize")(bench_summarize.summarize)
+benches.command("untrimmed")(bench_untrimmed.untrimmed)
 benches.command("loader")(bench.loader)
 benches.command("growth")(bench_growth.growth)
 benches.command("ingest")(bench_ingest.ingest)

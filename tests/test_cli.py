@@ -23,7 +23,8 @@ from cli.main import invoke
 from tests.test_retrieval import planted
 from tests.tiny_store import Tiny, default_spec, make_store
 
-COMMANDS = ["ingest", "derive", "info", "ls", "verify", "train", "embed", "query", "doctor", "demo", "bench"]
+COMMANDS = ["ingest", "derive", "info", "ls", "verify", "train", "embed", "export", "convert", "query", "summarize"]
+COMMANDS += ["explain", "report", "doctor", "demo", "bench"]
 ROOT = Path(__file__).resolve().parents[1]
 VIDEOS = [
     Tiny(2 + i % 2, key=f"{split}/{label}/{i}.mp4", label=label, split=split)
@@ -73,7 +74,23 @@ def test_help_loads_nothing_heavy_and_is_quick() -> None:
     assert min(float(d.stdout.splitlines()[-1]) for d in done) < 0.5  # CPU seconds: the machine may be busy
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "bench retrieval"])
+BENCHES = [
+    "retrieval",
+    "svm",
+    "linear",
+    "knn",
+    "finetune",
+    "summarize",
+    "untrimmed",
+    "loader",
+    "growth",
+    "ingest",
+    "step",
+    "gpu",
+]
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, *(f"bench {name}" for name in BENCHES)])
 def test_every_command_has_help(command: str, run) -> None:
     code, out, _ = run(*command.split(), "--help")
     assert code == 0 and "Usage: avstore" in out and len(out) > 200
