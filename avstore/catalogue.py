@@ -51,8 +51,16 @@ class Catalogue:
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
         attributes = read_attributes(self.path)
-        self.spec = Spec.from_json(attributes["spec"])
-        self.fingerprint: str = attributes["fingerprint"]
+        try:
+            self.spec = Spec.from_json(attributes["spec"])
+            self.fingerprint: str = attributes["fingerprint"]
+            whole = self.spec.fingerprint == self.fingerprint
+        except (CorruptError, UsageError):
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError) as e:
+            raise CorruptError(*_damaged(self.path, f"{type(e).__name__}: {e}")) from e
+        if not whole:
+            raise CorruptError(*_damaged(self.path, "its spec does not have the fingerprint beside it"))
         self.reload()
 
     def reload(self) -> None:
@@ -275,6 +283,11 @@ class Catalogue:
             "videos": len(self),
             "planned": self.total,
         }
+
+
+def _damaged(path: Path, why: str) -> tuple[str, str, str]:
+    """What, why and what next of a root zarr.json whose attributes were changed."""
+    return f"{path / 'zarr.json'} is damaged", why, f"avstore verify {path}, and --repair where it says so"
 
 
 def _joined(lists: list[list[Any]]) -> list[Any]:
