@@ -96,6 +96,12 @@ def choose(
         column = fold_column or "fold"
         given = [str(v) for v in store.column(column, numbers)]
         names = sorted(set(given))
+        if {"train", "training", "test", "testing"} & set(names):
+            raise UsageError(
+                f"column {column} divides training from testing: {', '.join(names[:5])}",
+                "folds are tested in turn, so its test part would be trained on too",
+                "leave --fold-column away where it is called split; bench finetune reads split1, split2, ...",
+            )
         which = np.array([names.index(v) for v in given], np.int64)
         parts, description = _by_fold(which, names), f"official folds: column {column}"
     elif fold_column is not None:

@@ -170,6 +170,7 @@ def test_what_cannot_be_probed_is_told(trained, capsys):
         (["bench", "svm", "--run", str(run.path), "--folds", "2", "--block", "conv6x", path], "no block"),
         (["bench", "linear", "--run", str(run.path), "--modality", "x", "--folds", "2", path], "no modality"),
         (["bench", "knn", "--run", str(run.path), "--fold-column", "folds", path], "no column"),
+        (["bench", "knn", "--run", str(run.path), "--fold-column", "split", path], "divides training from testing"),
     ):
         assert invoke(arguments) in (2, 4, 5), arguments
         assert word in capsys.readouterr().err, arguments
