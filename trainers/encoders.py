@@ -49,6 +49,9 @@ class TimePaddedConv3d(nn.Conv3d):
 
     def forward(self, x: Tensor) -> Tensor:
         t, h, w = (k // 2 for k in self.kernel_size)
+        if self.kernel_size == (1, 1, 1) and any(n < s for n, s in zip(x.shape[2:], self.stride, strict=True)):
+            a, b, c = self.stride  # what a kernel of one strides over is left out by hand: the same trap
+            return F.conv3d(x[:, :, ::a, ::b, ::c], self.weight, self.bias)
         if x.shape[3] >= self.kernel_size[1] and x.shape[4] >= self.kernel_size[2]:
             return super().forward(F.pad(x, (0, 0, 0, 0, t, t)) if t else x)
         return F.conv3d(F.pad(x, (w, w, h, h, t, t)), self.weight, self.bias, self.stride)
@@ -91,7 +94,9 @@ class PaddedConv2d(nn.Conv2d):
         super().__init__(inputs, outputs, kernel, stride, kernel // 2, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        k = self.kernel_size[0]
+        k, stride = self.kernel_size[0], self.stride[0]
+        if k == 1 and min(x.shape[2:]) < stride:  # what a 1 x 1 kernel strides over is left out by hand
+            return F.conv2d(x[:, :, ::stride, ::stride], self.weight)
         if min(x.shape[2:]) >= k:
             return super().forward(x)
         return F.conv2d(F.pad(x, (k // 2,) * 4), self.weight, None, self.stride)
