@@ -29,7 +29,7 @@ from benchmarks.table import Table
 
 Progress = Callable[[str, int, int], None]
 IN_BOTH = (START, DEMUX, PICTURES, RESIZE, ENCODE, REST)
-BAR = 0.85  # of the bare loop's speed, the aim of issue 10
+BAR = 0.85  # of the bare loop's speed: the aim
 
 
 def run(

@@ -30,7 +30,7 @@ JPEG = [*CONTENDERS][: [*CONTENDERS].index("memcpy")]
 COLUMNS = ("contender", "clips/s", "ratio", "GB/s", "CPU ms/clip", "CPU ratio", "cold clips/s", "first batch s",
            "memory MB", "disk MB", "note")  # fmt: skip
 JPEG_RIVALS = ("webdataset", "mosaicml-streaming", "litdata", "ffcv")
-BARS = (  # what issue 10 asks of 16-frame clips, shuffled, warm: ours, the fastest of these, times
+BARS = (  # what is asked of 16-frame clips, shuffled, warm: ours, the fastest of these, times
     ("avstore jpeg", ("libjpeg-turbo",), 0.90),
     ("avstore jpeg", JPEG_RIVALS, 1.3),
     ("avstore jpeg", ("pyav on the fly",), 15.0),

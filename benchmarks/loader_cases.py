@@ -29,7 +29,7 @@ from benchmarks.loader_growth import growth
 from benchmarks.table import Table
 
 Progress = Callable[[str, int, int], None]
-RATE, STEP, BEYOND = 0.85, 0.97, 200.0  # the aims of issue 10: of the rates alone; MB beyond the slots
+RATE, STEP, BEYOND = 0.85, 0.97, 200.0  # the aims: of the rates alone; MB beyond the slots
 
 
 def run(

@@ -40,7 +40,7 @@ from trainers.process import choose_device, thread_count
 from trainers.snapshot import Snapshot
 
 Progress = Callable[[str, int, int], None]
-LIMIT = 0.05  # of the loop above forward and backward, at `small` (issue 12)
+LIMIT = 0.05  # of the loop above forward and backward, at `small`
 FORMS = {"fp32": ("fp32", False), "fp32, channels last": ("fp32", True), "bf16": ("bf16", False),
          "bf16, channels last": ("bf16", True)}  # fmt: skip
 DIM, POSITIVES = 128, 32  # AVID's embedding, CMA's positives
