@@ -1,8 +1,8 @@
 """The catalogue of a store: which videos there are, their columns, and what the records say of them.
 
 Opening reads every plan and record, checks their digests, and parses what reading clips needs into numpy; all other
-fields stay text until they are asked for (`avstore.columns`). 240,000 videos take about half a second; nothing is
-cached on disk. It knows nothing of pixels; `avstore.store` cuts clips.
+fields stay text until they are asked for (`avstore.columns`). 240,000 videos take about a second; nothing is cached
+on disk. It knows nothing of pixels; `avstore.store` cuts clips.
 """
 
 from __future__ import annotations

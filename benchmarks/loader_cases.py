@@ -3,7 +3,7 @@
 * beside (`benchmarks.loader_beside`): a main thread that keeps the interpreter busy;
 * along (`benchmarks.loader_along`): waveform, spectrograms, fewer frames per second, half the size: what each costs;
 * memory (there too): flat, and bounded by the slots and a constant;
-* growth (`benchmarks.loader_growth`): opening, first batch and CPU time per clip with 1e2 ... 1e6 simulated videos.
+* growth (`benchmarks.growth`, `bench growth` alone): opening, first batch and cost of a clip with 1e2 ... 1e6 videos.
 
 Each measurement runs in a process of its own (`python -m benchmarks.loader_cases NAME JSON`), on the stores that
 `benchmarks.loader.prepare` made.
@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from avstore.ingest import ingest
+from benchmarks import growth
 from benchmarks.contenders_clips import FRAMES, ClipSet
 from benchmarks.loader import prepare
 from benchmarks.loader_along import along, memory
 from benchmarks.loader_beside import beside
-from benchmarks.loader_growth import growth
 from benchmarks.table import Table
 
 Progress = Callable[[str, int, int], None]
@@ -49,8 +49,11 @@ def run(
     ingest(source, large, profile="224")
     given = {"store": str(clips.jpeg), "seconds": seconds, "rounds": rounds}
     return [
-        _beside(given, told), _along(given, large, told), _memory(given, clips, told), _growth(given, videos, told),
-    ]  # fmt: skip
+        _beside(given, told),
+        _along(given, large, told),
+        _memory(given, clips, told),
+        growth.run(clips.jpeg, clips.work, videos=videos, seconds=seconds, progress=told),
+    ]
 
 
 def _beside(given: dict[str, Any], told: Progress) -> Table:
@@ -138,21 +141,6 @@ def _memory(given: dict[str, Any], clips: ClipSet, told: Progress) -> Table:
     return Table("Memory", columns, rows, notes)
 
 
-def _growth(given: dict[str, Any], videos: Sequence[int], told: Progress) -> Table:
-    rows: list[dict[str, Any]] = []
-    for n in videos:
-        told("growth", len(rows), len(videos))
-        rows.append({"videos": n, **_ask("growth", {**given, "videos": n})})
-    columns = ("videos", "parse s", "parse CPU s", "first batch s", "first batch CPU s", "CPU ms/clip", "memory MB",
-               "note")  # fmt: skip
-    notes = (
-        "records simulated: the real videos' places over and over, so the same few shards are read; parse: plans and "
-        "records of as many videos, from files; first batch: from starting the loader; memory: anonymous and shared, "
-        "trainer and reader.",
-    )
-    return Table("As the store grows", columns, rows, notes)
-
-
 def _ask(name: str, given: dict[str, Any]) -> dict[str, Any]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1",
                    "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}  # fmt: skip
@@ -166,7 +154,7 @@ def _ask(name: str, given: dict[str, Any]) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-CASES = {"beside": beside, "along": along, "memory": memory, "growth": growth}
+CASES = {"beside": beside, "along": along, "memory": memory}
 
 if __name__ == "__main__":
     sys.stdout.write(json.dumps(CASES[sys.argv[1]](json.loads(sys.argv[2]))) + "\n")

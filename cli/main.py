@@ -22,6 +22,7 @@ from cli import (
     bench_gpu,
     bench_growth,
     bench_ingest,
+    bench_pieces,
     bench_probe,
     bench_step,
     bench_summarize,
@@ -107,6 +108,7 @@ benches.command("summarize")(bench_summarize.summarize)
 benches.command("untrimmed")(bench_untrimmed.untrimmed)
 benches.command("loader")(bench.loader)
 benches.command("growth")(bench_growth.growth)
+benches.command("pieces")(bench_pieces.pieces)
 benches.command("ingest")(bench_ingest.ingest)
 benches.command("step")(bench_step.step)
 benches.command("gpu")(bench_gpu.gpu)

@@ -130,12 +130,12 @@ def test_wrong_names_are_told(tmp_path: Path) -> None:
 
 
 def test_a_case_answers_one_line_of_json(work: ClipSet) -> None:
-    given = {"store": str(work.jpeg), "videos": 700, "seconds": 0.1}
-    asked = [sys.executable, "-m", "benchmarks.loader_cases", "growth", json.dumps(given)]
+    given = {"store": str(work.jpeg), "seconds": 0.1, "rounds": 1}
+    asked = [sys.executable, "-m", "benchmarks.loader_cases", "along", json.dumps(given)]
     root = Path(loader.__file__).parents[1]
     done = subprocess.run(asked, capture_output=True, text=True, check=True, cwd=root)
     answer = json.loads(done.stdout)
-    assert answer["first batch s"] > 0 and answer["CPU ms/clip"] >= 0 and answer["memory MB"] > 0
+    assert answer["clips/s"] > 0 and answer["CPU ms/clip"] >= 0
 
 
 @pytest.mark.slow

@@ -84,6 +84,7 @@ BENCHES = [
     "untrimmed",
     "loader",
     "growth",
+    "pieces",
     "ingest",
     "step",
     "gpu",

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import avstore
-from avstore.errors import ConflictError, CorruptError, NotFoundError, UsageError
+from avstore.errors import AvstoreError, ConflictError, CorruptError, NotFoundError, UsageError
 from avstore.frontends import FRONT_ENDS
 from avstore.ingest import ingest
 from tests.ingest_media import write_wav
@@ -309,3 +309,27 @@ def test_a_store_can_be_moved(real: avstore.Store, tmp_path: Path) -> None:
     number = int(real.numbers[0])
     np.testing.assert_array_equal(moved.waveform(number)[0], real.waveform(number)[0])
     assert moved.lineage["fingerprint"] == real.lineage["fingerprint"]
+
+
+def test_a_damaged_root_is_refused_by_name_or_read_as_before(tmp_path: Path) -> None:
+    """A bit of each byte of the root's zarr.json flipped: an error of ours, or the very same pixels and sound."""
+    path = make_store(tmp_path / "a.zarr", [Tiny(2.0)])
+    root = path / "zarr.json"
+    whole = root.read_bytes()
+    with avstore.open(path) as store:
+        number = int(store.numbers[0])
+        before = store.clip(number, 0.5, n=4, fps=8)
+    refused = 0
+    for i in range(len(whole)):
+        damaged = bytearray(whole)
+        damaged[i] ^= 1 << (i % 7)
+        root.write_bytes(damaged)
+        try:
+            with avstore.open(path) as store:
+                clip = store.clip(number, 0.5, n=4, fps=8)
+        except AvstoreError as e:
+            assert e.what
+            refused += 1
+            continue
+        assert (clip.frames == before.frames).all() and (clip.waveform == before.waveform).all(), i
+    assert refused > len(whole) / 2

@@ -33,8 +33,13 @@ Files:
     negatives.py    draws of negatives: uniform, hard, mixed
     positives.py    CMA positives, exact and certified
     distributed.py  sums, gathers and means over ranks
+    stateless.py    what a method without state answers to this contract
+    backbones.py    every encoder by name; convert.py: published checkpoints
+    methods.py      the table of methods; config.py, typed.py, settings.py: what a run is told, and shows
+    teacher.py      frozen networks and given vectors to learn from
+    spread.py       the collapse monitor
     avid.py         AVID: Self, Cross, Joint
-    avid_cma.py     AVID-CMA
+    avid_cma.py     AVID-CMA; and every other method, one file each: `avstore train --list`
 
 No method imports another: two files that need one formula each print it, as their papers do, and a test holds them
 equal. What is plumbing is written once.

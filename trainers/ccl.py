@@ -38,7 +38,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from avstore.errors import ConflictError, UsageError, did_you_mean
+from avstore.errors import UsageError, did_you_mean
 from avstore.views import RandomView
 from trainers import backbones
 from trainers.backbones import VIDEO
@@ -47,6 +47,7 @@ from trainers.distributed import all_gather_rows, gather_with_grad, global_means
 from trainers.encoders import encode
 from trainers.needs import Needs
 from trainers.spread import feature_std
+from trainers.stateless import Stateless
 from trainers.teacher import Teacher, kind_of
 from trainers.towers import at_least_float32, unit
 
@@ -214,7 +215,7 @@ class Composition(nn.Module):
         return x_t + self.f_theta(torch.cat([unit(x_t), unit(x_v)], 1))
 
 
-class Ccl(nn.Module):
+class Ccl(Stateless):
     """The student and its classifier; for each teacher a composition with a classifier of its own."""
 
     def __init__(self, config: Config, n_rows: int, classes: tuple[str, ...]) -> None:
@@ -284,27 +285,6 @@ class Ccl(nn.Module):
             return (x_ND.sum() + y_ND.sum()) * 0
         loss = class_aware_nce(x_ND, y_ND, label_N, temperature).mean()
         return loss + class_aware_nce(y_ND, x_ND, label_N, temperature).mean() if self.config.symmetric else loss
-
-    def after_step(self) -> dict[str, float]:
-        """Nothing to move."""
-        return {}
-
-    def start_epoch(self, epoch: int) -> dict[str, float]:
-        """Nothing to prepare."""
-        return {}
-
-    def method_state(self) -> dict[str, Tensor]:
-        """Nothing beside `state_dict()`; teachers are no part of it."""
-        return {}
-
-    def load_method_state(self, state: dict[str, Tensor]) -> None:
-        """ConflictError where there is some: it is of another method."""
-        if state:
-            raise ConflictError(
-                f"ccl keeps no state, the checkpoint has {', '.join(sorted(state))}",
-                "it is of another method",
-                "start a new run with --run",
-            )
 
     def embed(self, video: Tensor | None = None, audio: Tensor | None = None) -> dict[str, Tensor]:
         """The student alone: 'video-trunk', and 'video', its direction. Sound has no tower: nothing for it."""

@@ -32,21 +32,21 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from avstore.errors import ConflictError, UsageError, did_you_mean
+from avstore.errors import UsageError, did_you_mean
 from avstore.views import TwoViews
 from avstore.windows import RELAXATIONS
 from trainers.backbones import AUDIO, VIDEO
 from trainers.batch import Batch
 from trainers.distributed import global_means
 from trainers.encoders import encode
-from trainers.named_towers import NamedTowers
 from trainers.needs import Needs
 from trainers.projectors import Projector
 from trainers.spread import feature_std
-from trainers.towers import at_least_float32, unit
+from trainers.stateless import Stateless
+from trainers.towers import Towers, at_least_float32, unit
 
 # the six relations, by the places of their two ends in (v1, a1, v2, a2); L_intra, L_sync, L_async hold two each
 RELATIONS: dict[str, tuple[int, int]] = {
@@ -196,13 +196,13 @@ def combine(pair_R: Tensor, coefficients: dict[str, float], loss_scale: str = "c
 # ---- the method ------------------------------------------------------------------------------------------------
 
 
-class CrissCross(nn.Module):
+class CrissCross(Stateless):
     """Towers with projectors, and a predictor for each modality. No state beside the weights."""
 
     def __init__(self, config: Config, n_rows: int) -> None:
         super().__init__()
         self.config = config
-        self.towers = NamedTowers(
+        self.towers = Towers(
             seed=config.seed,
             video_net=config.video_net,
             audio_net=config.audio_net,
@@ -255,27 +255,6 @@ class CrissCross(nn.Module):
         metrics["feature_std_video"] = feature_std(unit(projected[0]), picture_B)
         metrics["feature_std_audio"] = feature_std(unit(projected[1]), sound_B)
         return loss, metrics
-
-    def after_step(self) -> dict[str, float]:
-        """Nothing to move."""
-        return {}
-
-    def start_epoch(self, epoch: int) -> dict[str, float]:
-        """Nothing to prepare."""
-        return {}
-
-    def method_state(self) -> dict[str, Tensor]:
-        """Nothing beside `state_dict()`."""
-        return {}
-
-    def load_method_state(self, state: dict[str, Tensor]) -> None:
-        """Raises ConflictError where there is some: it is of another method."""
-        if state:
-            raise ConflictError(
-                f"crisscross keeps no state, the checkpoint has {', '.join(sorted(state))}",
-                "it is of another method",
-                "start a new run with --run",
-            )
 
     def embed(self, video: Tensor | None = None, audio: Tensor | None = None) -> dict[str, Tensor]:
         """Towers `video`, `audio` (projections, unit length) and `video-trunk`, `audio-trunk`. See `Towers.embed`."""

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from avstore.errors import ConflictError, UsageError, did_you_mean
+from avstore.errors import UsageError, did_you_mean
 from avstore.views import RandomView
 from trainers import backbones
 from trainers.backbones import AUDIO, IMAGE
@@ -43,6 +43,7 @@ from trainers.encoders import encode
 from trainers.needs import Needs
 from trainers.projectors import Projector
 from trainers.spread import feature_std
+from trainers.stateless import Stateless
 from trainers.teacher import Teacher
 from trainers.towers import at_least_float32, unit
 
@@ -144,7 +145,7 @@ def descriptor_distance(z_BD: Tensor, psi_BD: Tensor, over: str = "sum") -> Tens
 # ---- the method --------------------------------------------------------------------------------------------------
 
 
-class ListenToLook(nn.Module):
+class ListenToLook(Stateless):
     """The student (image, sound, fusion, classifier) and the teacher's fully-connected layer."""
 
     def __init__(self, config: Config, n_rows: int, classes: tuple[str, ...]) -> None:
@@ -203,27 +204,6 @@ class ListenToLook(nn.Module):
             "feature_std_joint": feature_std(unit(psi_BD), here_B),
         }
         return loss, metrics
-
-    def after_step(self) -> dict[str, float]:
-        """Nothing to move."""
-        return {}
-
-    def start_epoch(self, epoch: int) -> dict[str, float]:
-        """Nothing to prepare."""
-        return {}
-
-    def method_state(self) -> dict[str, Tensor]:
-        """Nothing beside `state_dict()`; the teacher is no part of it."""
-        return {}
-
-    def load_method_state(self, state: dict[str, Tensor]) -> None:
-        """ConflictError where there is some: it is of another method."""
-        if state:
-            raise ConflictError(
-                f"listen-to-look keeps no state, the checkpoint has {', '.join(sorted(state))}",
-                "it is of another method",
-                "start a new run with --run",
-            )
 
     def embed(self, video: Tensor | None = None, audio: Tensor | None = None) -> dict[str, Tensor]:
         """'video-trunk' z^I of the clip's first picture, 'audio-trunk' z^A; with both 'joint-trunk' Psi(z^I, z^A).

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from avstore.errors import ConflictError, UsageError, did_you_mean
+from avstore.errors import UsageError, did_you_mean
 from avstore.views import RandomView
 from trainers import draws
 from trainers.backbones import AUDIO, VIDEO, audio_net, video_net
@@ -30,6 +30,7 @@ from trainers.encoders import Encoder, encode, has_local_batch_norm
 from trainers.needs import Needs
 from trainers.sound_image import sound_image
 from trainers.spread import feature_std
+from trainers.stateless import Stateless
 from trainers.towers import at_least_float32, unit
 
 CYCLE = 0x6379636C  # stream of `trainers.draws`: "cycl"
@@ -119,7 +120,7 @@ def seeded(seed: int, *what: int) -> Iterator[None]:
         yield
 
 
-class Pair(nn.Module):
+class Pair(Stateless):
     """Encoders `video` and `audio`; a subclass sets `video_head` and `audio_head`, which `embed` uses."""
 
     config: PairConfig
@@ -181,27 +182,6 @@ class Pair(nn.Module):
 
     def step(self, batch: Batch) -> tuple[Tensor, Metrics]:
         raise NotImplementedError
-
-    def after_step(self) -> dict[str, float]:
-        """Nothing to move."""
-        return {}
-
-    def start_epoch(self, epoch: int) -> dict[str, float]:
-        """Nothing to prepare."""
-        return {}
-
-    def method_state(self) -> dict[str, Tensor]:
-        """Nothing beside `state_dict()`."""
-        return {}
-
-    def load_method_state(self, state: dict[str, Tensor]) -> None:
-        """ConflictError where there is some: it is of another method."""
-        if state:
-            raise ConflictError(
-                f"this method keeps no state, the checkpoint has {', '.join(sorted(state))}",
-                "it is of another method",
-                "start a new run with --run",
-            )
 
 
 def present(nets: Sequence[nn.Module], x: Tensor, here_B: Tensor) -> Tensor:

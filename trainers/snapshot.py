@@ -6,9 +6,8 @@ Bank rows and orders of epochs come from here, never from the store of the day, 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ import numpy as np
 from avstore import draws
 from avstore.errors import ConflictError, UsageError
 from avstore.frontends import BinStatistics, named, spectrogram
+from avstore.selection import digest_of
 from trainers.config import RunConfig
 from trainers.fit import needs_of, select
 from trainers.methods import method
@@ -97,14 +97,6 @@ class Snapshot:
                 "numbers and keys do not agree with its snapshot",
                 f"name its store ({self.store}), or start a new run with --run",
             )
-
-
-def digest_of(store: Store, numbers: Iterable[int]) -> str:
-    """What `Selection.digest` is, for given numbers."""
-    digest = hashlib.sha256()
-    for n in numbers:
-        digest.update(f"{int(n)}:{store.key(int(n))}\n".encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()[:16]
 
 
 def take_snapshot(

@@ -26,7 +26,6 @@ batch statistics move), the rest of its epochs trains both. What the report leav
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -38,12 +37,10 @@ from trainers.bank import MemoryBank
 from trainers.batch import Batch
 from trainers.distributed import global_means
 from trainers.encoders import encode
-from trainers.heads import ProjectionHead
-from trainers.named_towers import NamedTowers
 from trainers.needs import Needs
 from trainers.negatives import draw_negatives
 from trainers.spread import feature_std
-from trainers.towers import unit
+from trainers.towers import Towers, unit
 
 
 @dataclass(frozen=True)
@@ -170,15 +167,15 @@ class Sscl(nn.Module):
     def __init__(self, config: Config, n_rows: int) -> None:
         super().__init__()
         self.config = config
-        self.towers = NamedTowers(
+        self.towers = Towers(
             seed=config.seed,
             video_net=config.video_net,
             audio_net=config.audio_net,
             width=config.width,
             pool=config.pool,
-            head=partial(
-                ProjectionHead, hidden=config.hidden, dim=config.dim, batch_norm=config.head_batch_norm
-            ),
+            hidden=config.hidden,
+            dim=config.dim,
+            head_batch_norm=config.head_batch_norm,
         )
         self.bank = MemoryBank(n_rows, config.dim, config.seed, config.bank_momentum)
         self.needs = Needs(
@@ -225,9 +222,7 @@ class Sscl(nn.Module):
         there_2 = [here if n == teacher or not alone else torch.zeros_like(here) for n, here in enumerate(here_2)]
         if self.training:
             both = (teaching_BD, learning_BD) if teacher == 0 else (learning_BD, teaching_BD)
-            self._pending.append(
-                (batch.position, batch.row, torch.stack(both, 1).detach(), torch.stack(there_2, 1))
-            )
+            self._pending.append((batch.position, batch.row, torch.stack(both, 1).detach(), torch.stack(there_2, 1)))
         uni, cross = (visual_uni, audio_cross) if teacher == 0 else (audio_uni, video_cross)
         names = ("visual_uni", "audio_cross") if teacher == 0 else ("audio_uni", "video_cross")
         with torch.autocast(teaching_BD.device.type, enabled=False):

@@ -7,6 +7,9 @@ Only what both share: building them from a seed, embedding with masks, naming th
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,7 +25,8 @@ class Towers(nn.Module):
 
     video_net, audio_net: names of `backbones.VIDEO` and AUDIO; None: AVID's of `video_depth`, `audio_depth`. width:
     channels of the first stage, pool: of the last map; None: 64 and max, or what a named network's paper has. small:
-    AVID's networks without the stem's max-pool. The global random state is left as it was.
+    AVID's networks without the stem's max-pool. head: features of an encoder -> its head, which tells `dim`; None:
+    AVID's of `hidden`, `dim` and `head_batch_norm`. The global random state is left as it was.
     """
 
     def __init__(
@@ -39,6 +43,7 @@ class Towers(nn.Module):
         head_batch_norm: bool = False,
         video_net: str | None = None,
         audio_net: str | None = None,
+        head: Callable[[int], nn.Module] | None = None,
     ) -> None:
         super().__init__()
         own = {"small": True} if small else {}  # of a network that has no such stem: refused there, by name
@@ -54,9 +59,9 @@ class Towers(nn.Module):
                 if audio_net is None
                 else backbones.audio_net(audio_net, width, pool=pool, **own)
             )
-            self.video_head = ProjectionHead(self.video.dim, hidden, dim, head_batch_norm)
-            self.audio_head = ProjectionHead(self.audio.dim, hidden, dim, head_batch_norm)
-        self.dim = dim
+            make = head or partial(ProjectionHead, hidden=hidden, dim=dim, batch_norm=head_batch_norm)
+            self.video_head, self.audio_head = make(self.video.dim), make(self.audio.dim)
+        self.dim = int(self.video_head.dim)  # type: ignore[arg-type]
 
     def forward(
         self, video: Tensor | None, audio: Tensor | None, has_picture_B: Tensor, has_sound_B: Tensor
