@@ -14,6 +14,7 @@ from method_runs import goes_on_to_the_bit, two_equal_one
 from tiny_run import store_in
 
 from avstore.errors import ConflictError, UsageError
+from avstore.frontends import FRONT_ENDS, spectrogram
 from trainers import barlow_twins
 from trainers.avcl import PRESETS, SHORT, Amfm, Avcl, Config, alignment, clips, cross_correlation, self_contrast
 from trainers.config import resolve
@@ -165,7 +166,28 @@ def test_what_is_heard() -> None:
     whole, short, raw = (replace(Config(), audio=x) for x in ("whole", "1.2s", "raw"))
     assert clips(whole, 24000).whole_sound and not clips(short, 24000).whole_sound and not clips(raw, 24000).whole_sound
     assert (whole.needs().seconds, short.needs().seconds, raw.needs().seconds) == (10.0, SHORT, SHORT)
-    assert whole.needs().front_end == short.needs().front_end == "avcl-mel256" and raw.needs().front_end == "avcl-raw"
+    heard = [c.needs().front_end for c in (whole, short, raw)]
+    assert heard == ["avcl-mel256", "avcl-mel256-5ms", "avcl-raw"]
+    assert [FRONT_ENDS[name].rows(int(24000 * SHORT), 24000) for name in heard[1:]] == [256, 128]
+    other = replace(short, front_end="avid-linear129")
+    assert other.needs().front_end == "avid-linear129", "what is asked for is heard"
+
+
+@pytest.mark.parametrize("audio", ["whole", "1.2s", "raw"])
+@pytest.mark.parametrize("frames", [1, 16])
+def test_every_row_of_table_1_takes_a_step(audio: str, frames: int) -> None:
+    """From a waveform through the row's own front-end and the image into R3D, and back."""
+    method = make(video_net="vcop-r3d", audio_net="vcop-r3d", front_end="avcl-mel256", width=2, size=32,
+                  audio=audio, frames=frames)  # fmt: skip
+    needs, g = method.needs, torch.Generator().manual_seed(0)
+    sound = 0.1 * torch.randn(3, int(24000 * needs.seconds), generator=g)
+    rows = spectrogram(sound, needs.front_end, 24000)
+    rows = (rows - rows.mean()) / rows.std()
+    video = torch.randn(3, 3, frames, 32, 32, generator=g)
+    loss, metrics = method(replace(labelled((1, 2, 3)), video=video, audio=rows[:, None]))
+    loss.backward()
+    assert torch.isfinite(loss) and float(metrics["feature_std_audio"]) > 0
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for n, p in method.audio.named_parameters() if "conv" in n)
 
 
 def test_embeddings() -> None:
@@ -252,8 +274,9 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "own",
-    [("audio=1.2s",), ("video_net=vcop-r3d", "audio_net=vcop-r3d", "front_end=avcl-mel256", "shared=true")],
-)
+    [("audio=1.2s",), ("audio=raw", "frames=1"), ("audio=raw", "width=2", "video_net=vcop-r3d", "audio_net=vcop-r3d"),
+     ("video_net=vcop-r3d", "audio_net=vcop-r3d", "front_end=avcl-mel256", "shared=true")],
+)  # fmt: skip
 def test_a_run_that_stops_and_goes_on(tmp_path: Path, own: tuple[str, ...]) -> None:
     config = resolve("avcl", preset="tiny", sets=[
         "width=4", "frames=4", "size=32", "seconds=2", "batch=5", "epochs=3", "draws=1", "statistics_clips=16",

@@ -113,7 +113,7 @@ def test_stores_are_ingested_before_they_are_used() -> None:
 
 @pytest.mark.parametrize("line", [x for x in COMMANDS if x.startswith("avstore train ")])
 def test_a_run_can_hear_what_it_asks_for(line: str) -> None:
-    """Its front-end exists: `avcl audio=raw` would fail here, and so stands under Missing."""
+    """Its front-end exists."""
     heard = needs_of(resolved(line)).front_end
     assert heard is None or heard in FRONT_ENDS
 
@@ -144,7 +144,7 @@ def test_what_is_called_missing_is_missing() -> None:
 
     part = TEXT[TEXT.index("## Missing") : TEXT.index("## Stores")]
     found = re.findall(r"^- (front-end|network|option) `([^`]+)`", part, re.M)
-    assert {kind for kind, _ in found} == {"front-end", "network", "option"}
+    assert found and {kind for kind, _ in found} <= {"front-end", "network", "option"}
     for kind, what in found:
         if kind == "front-end":
             assert what not in FRONT_ENDS, f"{what} exists: take it out of docs/papers.md"

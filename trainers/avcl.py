@@ -22,9 +22,10 @@ What the paper leaves open, and what differs:
   which lie before fusion. Losses of several layers are summed.
 * Pictures and sound meet in one batch over all GPUs: correlations and negatives are those of the global batch.
 * The sound image: 256 mel-spaced bands of 10 ms rows, stretched to 256 columns, cropped at random to 112 x 112 and
-  repeated over colour and time (`sound_image.py`). `audio=1.2s`: 1.28 s that begin with the clip, of the same rows (the
-  paper's source has a hop of 5 ms there). `audio=raw`: front-end `avcl-raw`, 1.28 s of waveform in rows of 10 ms.
-  A sound network of `backbones.AUDIO` (tiny) hears the spectrogram as it is.
+  repeated over colour and time (`sound_image.py`). `audio=1.2s`: 1.28 s that begin with the clip, by default in rows
+  of 5 ms (`avcl-mel256-5ms`: 256 x 256 without stretching), as in the code of the paper's source of this sentence.
+  `audio=raw`: 1.28 s of waveform in rows of 10 ms (`avcl-raw`), whatever `front_end` says; the paper tells neither the
+  length nor how its networks took it. A sound network of `backbones.AUDIO` (tiny) hears the rows as they are.
 * One modality alone cannot be gated: towers `video` and `audio` are the networks' own features, `joint` is [f_v, f_a],
   what the paper's classifier is given.
 """
@@ -53,6 +54,7 @@ from trainers.vcop import C3d
 
 LAYERS: dict[str, str] = {"conv3": "conv3x", "conv4": "conv4x", "conv5": "conv5x", "pool": ""}
 SHORT = 1.28  # seconds of `audio=1.2s` and `raw`: 256 rows at the source's hop of 5 ms
+SHORT_FRONT_ENDS: dict[str, str] = {"avcl-mel256": "avcl-mel256-5ms"}  # of `audio=1.2s`; any other stays as it is
 
 
 @dataclass(frozen=True)
@@ -100,9 +102,13 @@ class Config(PairConfig):
         return () if self.cgra_layers == "none" else tuple(self.cgra_layers.split("+"))
 
     def needs(self) -> Needs:
-        """Length and front-end of the sound follow `audio`."""
-        seconds = self.seconds if self.audio == "whole" else SHORT
-        return Needs(self.frames, self.fps, self.size, seconds, "avcl-raw" if self.audio == "raw" else self.front_end)
+        """Length and front-end of the sound follow `audio`: Table 1."""
+        seconds, front_end = SHORT, "avcl-raw"
+        if self.audio == "whole":
+            seconds, front_end = self.seconds, self.front_end
+        elif self.audio == "1.2s":
+            front_end = SHORT_FRONT_ENDS.get(self.front_end, self.front_end)
+        return Needs(self.frames, self.fps, self.size, seconds, front_end)
 
 
 # the demo set's videos last 3 s; at the rivals' rate of 2e-3 gates shut for good and the loss doubles [ours]
