@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from trainers.run import Run
 
 FORMAT = 1
-LEAST_STD = {"ln": 0.02, "db": 0.1}  # of a bin: what hardly ever moves is not magnified a hundredfold
+LEAST_STD = {"ln": 0.02, "db": 0.1, "none": 0.001}  # of a bin: what hardly ever moves is not magnified a hundredfold
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,8 @@ def measure_statistics(
 ) -> dict[str, Any]:
     """Mean and deviation of each bin over `clips` sound windows of these videos, a seeded sample (videos in turn).
 
-    Rows beyond a video's sound do not count. A deviation is at least 0.1 dB (0.02 in natural logarithms).
+    Rows beyond a video's sound do not count. A deviation is at least 0.1 dB (0.02 in natural logarithms; of raw sound a
+    thousandth of full scale).
     """
     import torch
 
