@@ -22,6 +22,7 @@ from cli import (
     bench_gpu,
     bench_growth,
     bench_ingest,
+    bench_methods,
     bench_pieces,
     bench_probe,
     bench_step,
@@ -108,6 +109,7 @@ benches.command("summarize")(bench_summarize.summarize)
 benches.command("untrimmed")(bench_untrimmed.untrimmed)
 benches.command("loader")(bench.loader)
 benches.command("growth")(bench_growth.growth)
+benches.command("methods")(bench_methods.methods)
 benches.command("pieces")(bench_pieces.pieces)
 benches.command("ingest")(bench_ingest.ingest)
 benches.command("step")(bench_step.step)

@@ -84,6 +84,7 @@ BENCHES = [
     "untrimmed",
     "loader",
     "growth",
+    "methods",
     "pieces",
     "ingest",
     "step",
