@@ -1,0 +1,204 @@
+"""One-vs-rest linear SVMs with squared hinge: scikit-learn's LinearSVC, solved to the end; and what probes reach on
+real sounds and faces without any learning."""
+
+from __future__ import annotations
+
+import csv
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.svm import LinearSVC
+
+import avstore
+from avstore.errors import UsageError
+from avstore.ingest import ingest
+from benchmarks import blocks, linear, probing, svm
+from benchmarks.probing import Part, Probed
+from benchmarks.squared_hinge import OneVsRest
+
+
+def points(n: int, d: int, classes: int, seed: int = 0, apart: float = 0.3) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    y = np.arange(n) % classes
+    return apart * rng.normal(size=(classes, d))[y] + rng.normal(size=(n, d)), y
+
+
+def reference(x: np.ndarray, y: np.ndarray, c: float, test: np.ndarray, **options: object) -> np.ndarray:
+    model = LinearSVC(C=c, loss="squared_hinge", random_state=0, **({"tol": 1e-11, "max_iter": 10**7} | options))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        scores = model.fit(x, y).decision_function(test)
+    return scores if scores.ndim == 2 else np.stack([-scores, scores], 1)
+
+
+def test_two_points_by_hand():
+    """x = -1 and 1: b = 0 by symmetry, w^2 / 2 + 2 C (1 - w)^2 is least at w = 4 C / (1 + 4 C)."""
+    for c in (0.1, 1.0, 25.0):
+        w = 4 * c / (1 + 4 * c)
+        scores = OneVsRest(np.array([[-1.0], [1.0]]), np.array([3, 7])).fit(c).decide(np.array([[2.0], [0.0]]))
+        np.testing.assert_allclose(scores, [[-2 * w, 2 * w], [0, 0]], atol=1e-12)
+
+
+@pytest.mark.parametrize(("n", "d", "classes"), [(40, 3, 2), (40, 120, 2), (60, 5, 3), (60, 200, 4), (150, 40, 5)])
+@pytest.mark.parametrize("dual", [True, False])
+def test_scores_are_those_of_linear_svc(n, d, classes, dual):
+    """More values than examples and fewer, its dual solver and its primal one, strengths upwards and downwards."""
+    x, y = points(n, d, classes)
+    test = np.random.default_rng(1).normal(size=(30, d))
+    machines = OneVsRest(x, y)
+    for c in (1e-3, 1e-1, 10.0, 1e-2):
+        ours = machines.fit(c).decide(test)
+        np.testing.assert_allclose(ours, reference(x, y, c, test, dual=dual), atol=2e-6 * (1 + np.abs(ours).max()))
+
+
+def test_the_published_limit_of_iterations_changes_little_where_it_converges():
+    """LinearSVC as AVID runs it (200 iterations, its own tolerance) and the optimum: the same classes."""
+    x, y = points(150, 40, 5, apart=0.6)
+    test, truth = points(200, 40, 5, seed=0, apart=0.6)
+    theirs = reference(x, y, 1e-2, test, tol=1e-4, max_iter=200, dual="auto")
+    ours = OneVsRest(x, y).fit(1e-2).decide(test)
+    assert np.abs(ours - theirs).max() < 5e-3
+    assert (ours.argmax(1) == theirs.argmax(1)).mean() > 0.99 and (ours.argmax(1) == truth).mean() > 0.5
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    n=st.integers(2, 40),
+    d=st.integers(1, 60),
+    classes=st.integers(2, 4),
+    doubled=st.booleans(),
+    scale=st.sampled_from([0.1, 1.0, 10.0]),
+    exponents=st.lists(st.integers(-5, 2), min_size=1, max_size=4),
+    seed=st.integers(0, 2**16),
+)
+def test_the_optimality_conditions_hold(n, d, classes, doubled, scale, exponents, seed):
+    """At the optimum beta_i = 2 C y_i max(0, 1 - y_i f_i), whatever was fitted before; repeated examples too."""
+    rng = np.random.default_rng(seed)
+    x, y = scale * rng.normal(size=(n, d)), rng.permutation(np.arange(n) % min(n, classes))
+    if doubled:
+        x, y = np.concatenate([x, x]), np.concatenate([y, y[::-1]])  # equal points with other classes
+    machines = OneVsRest(x, y)
+    for e in exponents:
+        c = 10.0**e
+        machines.fit(c)
+        f = machines.decide(x)
+        wanted = 2 * c * machines.y * np.maximum(0, 1 - machines.y * f)
+        np.testing.assert_allclose(machines.beta, wanted, atol=1e-6 * np.abs(wanted).max())
+
+
+def test_a_rotation_of_the_features_changes_nothing():
+    x, y = points(30, 80, 3)
+    test = np.random.default_rng(2).normal(size=(10, 80))
+    q = np.linalg.qr(np.random.default_rng(3).normal(size=(80, 80)))[0]
+    a, b = OneVsRest(x, y).fit(0.1).decide(test), OneVsRest(x @ q, y).fit(0.1).decide(test @ q)
+    np.testing.assert_allclose(a, b, atol=1e-9)
+
+
+def test_decide_orders_strengths_and_classes_as_asked():
+    x, y = points(40, 10, 4)
+    train, test = x.reshape(20, 2, 10).astype(np.float32), x[:6].reshape(3, 2, 10).astype(np.float32)
+    labels = np.where(y[::2] == 0, 0, 5)  # 1 .. 4 do not occur
+    got = svm.decide(train, labels, test, [1.0, 1e-3, 1.0])
+    assert [g.shape for g in got] == [(3, 2, 6)] * 3 and (got[0] == got[2]).all() and not (got[0] == got[1]).all()
+    assert (got[0][..., 1:5] == -np.inf).all()
+    expected = reference(train.reshape(-1, 10), np.repeat(labels, 2), 1e-3, test.reshape(-1, 10), dual=True)
+    np.testing.assert_allclose(got[1][..., [0, 5]].reshape(6, 2), expected, atol=1e-5)
+
+
+def test_the_choice_of_c_is_that_of_linear_svc():
+    """The classifier of the bench against the same protocol written with LinearSVC: the same C, the same classes."""
+    rng = np.random.default_rng(5)
+    y = np.arange(48) % 4
+    x = (0.5 * rng.normal(size=(4, 30))[y][:, None] + rng.normal(size=(48, 3, 30))).astype(np.float32)
+    inner = np.arange(48) // 4 % 3
+    test = x[::5] + 0.3 * rng.normal(size=x[::5].shape).astype(np.float32)
+
+    def scores(train: np.ndarray, labels: np.ndarray, there: np.ndarray, c: float) -> np.ndarray:
+        a, b = probing.standardised(train, there)
+        flat = reference(a.reshape(-1, 30), np.repeat(labels, 3), c, b.reshape(-1, 30), dual=True)
+        return flat.reshape(*there.shape[:2], 4)
+
+    held = inner == 0
+    accuracy = [(scores(x[~held], y[~held], x[held], c).mean(1).argmax(1) == y[held]).mean() for c in svm.STRENGTHS]
+    best = svm.STRENGTHS[int(np.argmax(accuracy))]
+    got, said = svm.svm()(x, y, test, inner)
+    assert said == f"C {best:g}"
+    np.testing.assert_allclose(got, scores(x, y, test, best), atol=1e-4)
+
+
+def test_the_oracle_is_the_best_of_the_fixed_strengths():
+    x, y = points(60, 8, 3)
+    which = np.arange(60) // 3 % 3
+    parts = tuple(Part(f"fold {f}", np.flatnonzero(which != f), np.flatnonzero(which == f), which[which != f])
+                  for f in range(3))  # fmt: skip
+    probed = Probed(np.arange(60), y, ("a", "b", "c"), parts, "planted")
+    features = x[:, None].astype(np.float32)
+    got = svm.oracle(features, probed, svm.STRENGTHS, None)
+    each = [[o.accuracy for o in probing.probe(features, probed, svm.svm(fixed=c))] for c in svm.STRENGTHS]
+    assert [o.accuracy for o in got] == np.max(each, 0).tolist()
+
+
+@pytest.mark.parametrize(
+    ("x", "labels", "word"),
+    [(np.zeros((3, 2)), np.zeros(3, int), "one class"), (np.zeros(3), np.arange(3), "features"),
+     (np.zeros((3, 2)), np.arange(2), "labels"), (np.full((2, 1), np.nan), np.arange(2), "finite")],
+)  # fmt: skip
+def test_what_cannot_be_fitted_is_refused(x, labels, word):
+    with pytest.raises(UsageError, match=word):
+        OneVsRest(x, labels)
+
+
+def test_strengths_and_order_of_calls_are_checked():
+    machines = OneVsRest(np.eye(3), np.arange(3))
+    with pytest.raises(UsageError, match="not fitted"):
+        machines.decide(np.eye(3))
+    for c in (0.0, -1.0, float("nan")):
+        with pytest.raises(UsageError, match="above 0"):
+            machines.fit(c)
+
+
+@pytest.fixture(scope="module")
+def esc10(tmp_path_factory: pytest.TempPathFactory, shared: Path):
+    """Two recordings of each class and official fold of ESC-10's first five classes: 50 in all."""
+    folder = tmp_path_factory.mktemp("esc")
+    root = shared / "esc10-ogg"
+    rows = []
+    for label in sorted(p for p in root.iterdir() if p.is_dir())[:5]:
+        for fold in "12345":
+            rows += [(p.relative_to(root), label.name, fold) for p in sorted(label.glob(f"{fold}-*.ogg"))[:2]]
+    with (folder / "esc.csv").open("w", newline="") as f:
+        csv.writer(f).writerows([("path", "label", "fold"), *rows])
+    ingest(folder / "esc.csv", folder / "esc.zarr", root=root, front_ends=())
+    return avstore.open(folder / "esc.zarr")
+
+
+def test_real_sounds_by_official_folds_are_above_chance(esc10):
+    """ESC: 5 classes, chance .2. The margin is .2: four standard errors of 50 recordings are .23."""
+    probed = probing.choose(esc10, modality="a")
+    assert len(probed.numbers) == 50 and len(probed.parts) == 5 and "official folds" in probed.description
+    raw = blocks.raw_sound(esc10, probed.numbers, clips=2)
+    spectrogram = np.mean([o.accuracy for o in probing.probe(raw, probed, svm.svm())])
+    two = Probed(probed.numbers, probed.labels, probed.classes, probed.parts[:2], "two folds")
+    forest = np.mean([o.accuracy for o in svm.classical(esc10, two)])
+    assert np.mean([o.accuracy for o in probing.chance(probed)]) == pytest.approx(0.2)
+    assert spectrogram > 0.4 and forest > 0.4, (spectrogram, forest)
+
+
+def test_speakers_are_told_by_sight_and_sound_without_learning(tmp_path, shared):
+    """GRID, 5 speakers x 5 clips, chance .2: raw pixels, raw spectrograms, logistic regression, stratified folds."""
+    root = shared / "grid"
+    names = [p.relative_to(root) for s in range(1, 6) for p in sorted((root / f"s{s}").glob("*.mpg"))[:5]]
+    with (tmp_path / "grid.csv").open("w", newline="") as f:
+        csv.writer(f).writerows([("path", "speaker"), *((p, p.parts[0]) for p in names)])
+    ingest(tmp_path / "grid.csv", tmp_path / "grid.zarr", root=root, size=(64, 96), fps=8, front_ends=())
+    store = avstore.open(tmp_path / "grid.zarr")
+    probed = probing.choose(store, label="speaker", fold_count=5, modality="av")
+    for make in (blocks.raw_pictures, blocks.raw_sound):
+        found = probing.probe(make(store, probed.numbers, clips=2), probed, linear.logistic([0.1]))
+        accuracy = np.mean([o.accuracy for o in found])
+        assert accuracy > 0.5, (make.__name__, accuracy)
