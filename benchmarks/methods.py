@@ -22,6 +22,7 @@ import numpy as np
 
 from avstore.durable import canonical_json, read_json, write_atomic
 from avstore.errors import ConflictError, UsageError, did_you_mean
+from avstore.index import normalised
 from benchmarks import blocks, probing
 from benchmarks.finetune import weights_digest
 from benchmarks.linear import logistic
@@ -30,7 +31,7 @@ from benchmarks.retrieval import HEADS, PAIRS, TRUNKS, Features, Sides, choose_s
 from benchmarks.svm import svm
 from benchmarks.table import Table
 from trainers.config import RunConfig, resolve
-from trainers.embed import embed_checkpoint, embed_random
+from trainers.embed import embed_videos
 from trainers.loop import Event, train
 from trainers.methods import METHODS
 from trainers.run import Run
@@ -130,6 +131,8 @@ def bench(
     """
     if steps < 1 or seeds < 1:
         raise UsageError(f"{steps} steps, {seeds} seeds", "both are whole numbers from 1")
+    if label not in store.columns:
+        raise UsageError(f"{store.path} has no column {label!r}", did_you_mean(label, store.columns), "--label COLUMN")
     names = list(dict.fromkeys(methods)) or list(METHODS)
     plans = {(m, s): stages(m, steps, s, Path(folder)) for s in range(seeds) for m in names}
     _require_known(names, sets)
@@ -165,8 +168,10 @@ def bench(
         "trunks: conv5x pooled; the other columns: heads. s a step: the last stage's, whatever else the machine did",
     ]  # fmt: skip
     if sound is not None and probed is not None:
-        notes.append(f"SVM, logistic (regression): sound encoders on {sound.path.name}, {probed.description}: conv5x pooled, {CLIPS}"
-                     " clips of a recording averaged; C of the SVM chosen within the training part")  # fmt: skip
+        notes.append(
+            f"SVM, logistic regression: sound encoders on {sound.path.name}, {probed.description}; conv5x pooled,"
+            f" {CLIPS} clips of a recording averaged, C chosen within the training part"
+        )
     return Table(f"every method at one budget, {store.path.name}", columns, rows, tuple(notes))
 
 
@@ -223,9 +228,7 @@ def _measured(
     if file.is_file() and (kept := read_json(file)).get("asked") == asked:
         return dict(kept["values"])
     everyone = np.unique(np.concatenate([sides.queries, sides.gallery]))
-    towers = (
-        embed_checkpoint(run, store, everyone) if random is None else embed_random(run, store, everyone, seed=random)
-    )
+    towers = {t: _means(x, who) for t, (x, who, _) in embed_videos(method, run, store, everyone).items()}
     labels = dict(zip(everyone.tolist(), store.column(label, everyone), strict=True))
     values: dict[str, Any] = {}
     for suffix, names in (("", HEADS), (" trunks", TRUNKS)):
@@ -252,6 +255,17 @@ def _measured(
                 values[name] = float(np.mean([o.accuracy for o in probing.probe(x, probed, classifier)]))
     write_atomic(file, canonical_json({"asked": asked, "values": values}))
     return values
+
+
+def _means(x: np.ndarray, who: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(unit means of each video's seconds (m, D + 1), video numbers (m,)). Rectified features of a small network may be
+    all zero: such a second gets the added dimension for its direction, so that it resembles nothing but its like."""
+    x = np.concatenate([x, np.zeros((len(x), 1), x.dtype)], axis=1)
+    x[~x.any(axis=1), -1] = 1.0
+    videos, at = np.unique(who, return_inverse=True)
+    total = np.zeros((len(videos), x.shape[1]))
+    np.add.at(total, at, normalised(x))
+    return normalised(total), videos
 
 
 def _row(name: str, each: Sequence[dict[str, Any]]) -> dict[str, Any]:
