@@ -5,8 +5,8 @@ whatever batch, process or thread it comes in: bit by bit on a CPU, to one grey 
 are taken on the host, in NumPy; the device is never waited for. A crop is drawn inside the picture's box and resized by
 the antialiased triangle filter of PIL, rounded to whole grey levels as PIL (so AVID's loader) does; what lies outside
 the box never shows. Colours follow torchvision's ColorJitter: blends clamped to [0, 1], in an order drawn anew for each
-clip. Sound: its gain, and bands of a spectrogram that are blanked. Not here: anything that needs the network. Imports
-torch.
+clip. Sound: its gain, bands of a spectrogram that are blanked, and random resized crops of it. Not here: anything that
+needs the network. Imports torch.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from avstore import draws
-from avstore.errors import UsageError
+from avstore.errors import UsageError, did_you_mean
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+CROPS = ("resized", "random")
 _TRIES = 10  # of a random resized crop, as torchvision's
 _ORDERS = np.array(list(itertools.permutations(range(4))))  # of brightness, contrast, saturation, hue
 _GREY = (0.2989, 0.587, 0.114)  # ITU-R 601, in torchvision's digits
@@ -38,11 +39,13 @@ Boxes = NDArray[np.int64]
 class VideoAugment:
     """Training's augmentation; the defaults are AVID's (methods.md 2.4). Jitters are half-widths, 0 turns one off.
 
-    CrissCross adds grey=0.2, blur=0.5 (probabilities) and cutout=20 (side in pixels, filled with the mean); a run's
+    crop "resized": of any `area` and `ratio`. "random": of evaluation's scale, at any place ("112 of 128x171": VCOP,
+    IIC, AVCL); area and ratio then count for nothing. CrissCross adds grey=0.2, blur=0.5 (probabilities) and cutout=20 (side in pixels, filled with the mean); a run's
     settings call them gray, blur and cutout.
     """
 
     size: int = 112
+    crop: str = "resized"
     area: tuple[float, float] = (0.08, 1.0)  # of the box
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height
     flip: float = 0.5
@@ -65,6 +68,8 @@ class VideoAugment:
                 f"crops of size {self.size}, area {self.area}, ratio {self.ratio}",
                 "expected a size of 1 or more, 0 < area <= 1 and 0 < ratio, each from low to high",
             )
+        if self.crop not in CROPS:
+            raise UsageError(f"no crop is called {self.crop!r}", did_you_mean(self.crop, CROPS))
         if not all(
             0 <= p <= 1 for p in (self.flip, self.grey, self.blur, self.brightness, self.contrast, self.saturation)
         ):
@@ -79,9 +84,13 @@ class VideoAugment:
         return np.atleast_2d(draws.uniform(seed, "augment", epoch, video, draw, self.NUMBERS))
 
     def crops(self, boxes: Any, u: NDArray[np.float64]) -> Boxes:
-        """Random resized crops inside boxes (B, 4) [y, x, h, w]: int64 (B, 4), torchvision's algorithm (10 tries at an
-        area and a log-uniform ratio, then the largest centre crop of an allowed ratio)."""
+        """Random crops inside boxes (B, 4) [y, x, h, w]: int64 (B, 4). Resized ones by torchvision's algorithm (10 tries
+        at an area and a log-uniform ratio, then the largest centre crop of an allowed ratio)."""
         boxes = _host(boxes)
+        if self.crop == "random":
+            side = evaluated_side(boxes)
+            y, x = (draws.integers(u[:, 2 * _TRIES + 1 - k], 0, boxes[:, 2 + k] - side) for k in (0, 1))
+            return np.stack([boxes[:, 0] + y, boxes[:, 1] + x, side, side], -1)
         height, width = boxes[:, 2, None], boxes[:, 3, None]
         area = (self.area[0] + (self.area[1] - self.area[0]) * u[:, 0 : 2 * _TRIES : 2]) * (height * width)
         low, high = np.log(self.ratio[0]), np.log(self.ratio[1])
@@ -124,18 +133,18 @@ class VideoAugment:
         widths = np.array([self.brightness, self.contrast, self.saturation, self.hue])
         factors = widths * (2 * u[:, 1:5] - 1) + (1, 1, 1, 0)
         orders = _ORDERS[draws.integers(u[:, 5], 0, len(_ORDERS) - 1)]
-        device_factors = torch.from_numpy(factors.astype(np.float32)).to(clips.device)
+        device_factors = there(factors.astype(np.float32), clips.device)
         for step in range(4):
             for kind in np.flatnonzero(widths):
                 which = np.flatnonzero(orders[:, step] == kind)
                 if len(which) == len(clips):
                     clips = _COLOURS[kind](clips, device_factors[:, kind])
                 elif len(which):
-                    index = torch.from_numpy(which).to(clips.device)
+                    index = there(which, clips.device)
                     clips[index] = _COLOURS[kind](clips[index], device_factors[index, kind])
         grey = u[:, 6] < self.grey
         if grey.any():
-            keep = torch.from_numpy(~grey).to(clips.device)
+            keep = there(~grey, clips.device)
             clips = torch.where(keep[:, None, None, None, None], clips, _luma(clips))
         return clips
 
@@ -154,8 +163,8 @@ class VideoAugment:
         rows = np.broadcast_to(np.arange(self.size)[:, None], source.shape)
         for clip, weights in enumerate(taps / taps.sum(1, keepdims=True)):
             np.add.at(matrix[clip], (rows, source), np.broadcast_to(weights, source.shape))
-        kernel = torch.from_numpy(matrix.astype(np.float32)).to(clips.device)[:, None, None]
-        index = torch.from_numpy(which).to(clips.device)
+        kernel = there(matrix.astype(np.float32), clips.device)[:, None, None]
+        index = there(which, clips.device)
         clips[index] = kernel @ clips[index] @ kernel.transpose(-1, -2)
         return clips
 
@@ -166,7 +175,7 @@ class VideoAugment:
             inside = (np.arange(self.size) >= corner[..., None]) & (
                 np.arange(self.size) < corner[..., None] + self.cutout
             )
-            hole = torch.from_numpy(inside[:, 0, :, None] & inside[:, 1, None, :]).to(clips.device)
+            hole = there(inside[:, 0, :, None] & inside[:, 1, None, :], clips.device)
             clips = clips.masked_fill(hole[:, None, None], 0.0)
         return clips
 
@@ -184,7 +193,7 @@ def centre_crop(
     Shapes, types and errors as `VideoAugment`. Where that square has `size` pixels to a side, pixels are copied.
     """
     boxes = _checked(frames, boxes)
-    side = np.maximum((7 * boxes[:, 2:].min(1) + 4) // 8, 1)
+    side = evaluated_side(boxes)
     crops = np.stack([boxes[:, 0] + (boxes[:, 2] - side) // 2, boxes[:, 1] + (boxes[:, 3] - side) // 2, side, side], -1)
     out = torch.empty(_shape(frames, size), dtype=dtype, device=frames.device)
     step = 1 if frames.device.type == "cpu" else _CHUNK
@@ -192,6 +201,11 @@ def centre_crop(
         part = slice(start, start + step)
         out[part] = _normalise(resize(frames[part], crops[part], size).float().div_(255), mean, std)
     return out
+
+
+def evaluated_side(boxes: Boxes) -> Boxes:
+    """int64 (B,): the side of evaluation's square in boxes (B, 4), 7/8 of the shorter one (112 of 128), at least 1."""
+    return np.maximum((7 * boxes[:, 2:].min(1) + 4) // 8, 1)
 
 
 def resize(frames: Tensor, crops: Boxes, size: int, flips: NDArray[np.bool_] | None = None) -> Tensor:
@@ -224,6 +238,8 @@ def sound_gain(u: NDArray[np.float64], amount: float = 0.1) -> NDArray[np.float3
 
 
 SOUND_NUMBERS = 9  # uniform numbers per clip of stream "augment-sound": the gain, then two of each mask
+CROP_NUMBERS = 4  # and behind them, in the same call: size and place of a crop
+CANVAS = 1.5  # times the spectrogram's length: where a crop may lie. BYOL-A's; in frequency it is the spectrogram
 
 
 def mask_bands(rows: Tensor, u: NDArray[np.float64], time: float = 0.0, freq: float = 0.0) -> Tensor:
@@ -245,7 +261,59 @@ def mask_bands(rows: Tensor, u: NDArray[np.float64], time: float = 0.0, freq: fl
     if not time and not freq:
         return rows
     blank = _bands(u[:, :4], rows.shape[1], time)[:, :, None] | _bands(u[:, 4:], rows.shape[2], freq)[:, None, :]
-    return rows.masked_fill(torch.from_numpy(blank).to(rows.device), 0)
+    return rows.masked_fill(there(blank, rows.device), 0)
+
+
+def crop_rows(rows: Tensor, u: NDArray[np.float64], scale: Sequence[float] = (0.6, 1.5)) -> Tensor:
+    """BYOL-A's random resized crop of a spectrogram (Niizumi et al., IJCNN 2021), as CrissCross' code takes it.
+
+    rows: floating (B, F, M), normalised, so that 0 is the mean; u: (B, 4) in [0, 1): length, height, and their place.
+    The spectrogram lies in the middle of a canvas of zeros, CANVAS times as long and as high as itself. A crop of
+    U(scale) F rows and U(scale) M bins, at most the canvas, rounded down, is placed uniformly in it and resized to
+    (F, M), bicubic, without smoothing. Returns a new tensor like rows. UsageError for other shapes or an empty scale.
+    """
+    low, high = scale
+    if not 0 < low <= high:
+        raise UsageError(f"crops of {low} to {high} of a spectrogram", "two shares above 0, the least first")
+    u = np.asarray(u, np.float64)
+    if rows.dim() != 3 or u.shape != (len(rows), CROP_NUMBERS):
+        raise UsageError(
+            f"a spectrogram of shape {tuple(rows.shape)} and uniform numbers of shape {u.shape}",
+            f"expected (B, rows, bins) and (B, {CROP_NUMBERS})",
+        )
+    # products of taps, not of matrices: each clip is what it is in any batch, to the bit
+    rows = _tapped(rows, 1, *_crop_taps(u[:, 0::2], rows.shape[1], int(CANVAS * rows.shape[1]), low, high))
+    return _tapped(rows, 2, *_crop_taps(u[:, 1::2], rows.shape[2], rows.shape[2], low, high))
+
+
+def _crop_taps(
+    u: NDArray[np.float64], n: int, canvas: int, low: float, high: float
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """From a line of n values in the middle of a canvas of zeros to a crop of it at n points: places and weights, each
+    (4, B, n). u: (B, 2), length and place.
+
+    Bicubic with a = -3/4 and half-pixel centres, taps beyond the crop's ends at its ends, as torch's; weight 0 for what
+    lies on the empty canvas.
+    """
+    length = np.clip(np.floor((low + (high - low) * u[:, :1]) * n).astype(np.int64), 1, canvas)
+    first = draws.integers(u[:, 1:], 0, canvas - length) - (canvas - n) // 2  # in the line's own places
+    at = (np.arange(n) + 0.5) * (length / n) - 0.5
+    whole = np.floor(at).astype(np.int64)
+    tap = np.arange(-1, 3)[:, None, None]
+    d, a = np.abs(at - whole - tap), -0.75
+    weight = np.where(d <= 1, ((a + 2) * d - (a + 3)) * d**2 + 1, a * (((d - 5) * d + 8) * d - 4))
+    place = first + np.clip(whole + tap, 0, length - 1)
+    inside = (place >= 0) & (place < n)
+    return np.clip(place, 0, n - 1), np.where(inside, weight, 0.0)
+
+
+def _tapped(rows: Tensor, dim: int, place: NDArray[np.int64], weight: NDArray[np.float64]) -> Tensor:
+    """rows (B, F, M) along `dim`, 1 or 2: the weighted sums of the values at these places, (4, B, length) each."""
+    at, by = (there(x, rows.device).unsqueeze(4 - dim) for x in (place, weight.astype(np.float32)))
+    out = torch.zeros_like(rows)
+    for k in range(len(place)):
+        out += rows.gather(dim, at[k].expand_as(rows)) * by[k]
+    return out
 
 
 def _bands(u: NDArray[np.float64], n: int, share: float) -> NDArray[np.bool_]:
@@ -260,8 +328,8 @@ def _bands(u: NDArray[np.float64], n: int, share: float) -> NDArray[np.bool_]:
 def _resize_by_products(frames: Tensor, crops: Boxes, size: int, flips: NDArray[np.bool_]) -> Tensor:
     """The same filter as matrices: rows, then columns; weights outside a crop are zero."""
     device, (batch, time, height, width, _) = frames.device, frames.shape
-    box = torch.from_numpy(np.ascontiguousarray(crops)).to(device, torch.float32)
-    mirrored = torch.from_numpy(np.ascontiguousarray(flips)).to(device)
+    box = there(crops, device).to(torch.float32)
+    mirrored = there(flips, device)
     down = _triangle(box[:, 0], box[:, 2], height, size)
     across = _triangle(box[:, 1], box[:, 3], width, size)
     across = torch.where(mirrored[:, None, None], across.flip(1), across)
@@ -332,8 +400,14 @@ def _wide(factor: Tensor) -> Tensor:
 
 
 def _normalise(clips: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    centre = torch.tensor(mean, device=clips.device)[:, None, None, None]
-    return (clips - centre) / torch.tensor(std, device=clips.device)[:, None, None, None]
+    centre, spread = (there(np.array(x, np.float32), clips.device)[:, None, None, None] for x in (mean, std))
+    return (clips - centre) / spread
+
+
+def there(array: Any, device: torch.device) -> Tensor:
+    """A NumPy array on `device`, not waited for: CUDA takes pageable memory over before the call returns, and a plain
+    `.to(device)` would wait for all that the stream has still to do."""
+    return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
 
 
 def _shape(frames: Tensor, size: int) -> tuple[int, int, int, int, int]:

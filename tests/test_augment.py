@@ -109,6 +109,26 @@ def test_an_impossible_crop_falls_back_to_the_centre():
     assert config.crops(dot, config.draw(0, 0, np.arange(1), 0)).tolist() == [[5, 5, 1, 1]]
 
 
+def test_a_random_crop_is_evaluation_s_at_any_place():
+    frames = pictures(400, 1, 128, 176)
+    box = np.tile([0, 2, 128, 170], (400, 1))  # UCF101's 320 x 240
+    plain = dataclasses.replace(PLAIN, size=112, crop="random", area=(0.1, 0.2))  # the area counts for nothing
+    crops = plain.crops(box, plain.draw(0, 0, np.arange(400), 0))
+    assert (crops[:, 2:] == 112).all()
+    assert crops[:, 0].min() == 0 and crops[:, 0].max() == 16
+    assert crops[:, 1].min() == 2 and crops[:, 1].max() == 60 and len(set(crops[:, 1])) > 50
+    out = run(plain, frames[:6], box[:6])
+    for i in range(6):  # pixels are copied, not resized
+        y, x = crops[i, :2]
+        cut = frames[i, :, y : y + 112, x : x + 112].permute(3, 0, 1, 2).float() / 255
+        mean, std = (torch.tensor(k)[:, None, None, None] for k in (IMAGENET_MEAN, IMAGENET_STD))
+        assert torch.allclose(out[i], (cut - mean) / std, atol=1e-5)
+    low = np.array([[3, 5, 40, 100]])  # 7/8 of 40
+    assert plain.crops(low, plain.draw(0, 0, np.arange(1), 0))[0, 2:].tolist() == [35, 35]
+    with pytest.raises(UsageError, match="did you mean random"):
+        VideoAugment(crop="randon")
+
+
 def test_flip_mirrors():
     frames = pictures(40)
     plain, mirrored = run(PLAIN, frames), run(dataclasses.replace(PLAIN, flip=1.0), frames)
@@ -302,3 +322,56 @@ def test_masks_keep_their_widths_and_reach_every_place():
 def test_masks_that_cannot_be(time, freq, shape):
     with pytest.raises(UsageError):
         augment.mask_bands(torch.ones(3, 4, 5), np.zeros((3, shape)), time, freq)
+
+
+def resized_by_torch(rows, top, left, height, width):
+    """Pad, cut and resize one spectrogram (M, F) by torch's own bicubic."""
+    m, f = rows.shape
+    side = (int(1.5 * f) - f) // 2
+    canvas = torch.zeros(m, int(1.5 * f))
+    canvas[:, side : side + f] = rows
+    cut = canvas[top : top + height, left : left + width]
+    return torch.nn.functional.interpolate(cut[None, None], (m, f), mode="bicubic", align_corners=False)[0, 0]
+
+
+def test_crops_of_a_spectrogram_are_torchs_bicubic_of_the_padded_one():
+    rows = torch.randn(60, 40, 16, generator=torch.Generator().manual_seed(0))
+    u = np.random.default_rng(0).random((60, augment.CROP_NUMBERS))
+    out = augment.crop_rows(rows, u, (0.6, 1.5))
+    assert out.shape == rows.shape and out.dtype == rows.dtype
+    sizes = set()
+    for k in range(60):
+        width, height = int((0.6 + 0.9 * u[k, 0]) * 40), min(int((0.6 + 0.9 * u[k, 1]) * 16), 16)
+        left, top = int(u[k, 2] * (60 - width + 1)), int(u[k, 3] * (16 - height + 1))
+        sizes.add((width, height))
+        expected = resized_by_torch(rows[k].T, top, left, height, width).T
+        assert torch.allclose(out[k], expected, atol=1e-4), (k, width, height, left, top)
+    assert min(w for w, _ in sizes) == 24 and max(w for w, _ in sizes) > 56 and {h for _, h in sizes} >= {9, 16}
+
+
+def test_crops_by_hand():
+    rows = torch.arange(8.0).reshape(1, 8, 1).expand(1, 8, 4).contiguous()
+    same = augment.crop_rows(rows, np.array([[0.0, 0.0, 0.5, 0.0]]), (1.0, 1.0))  # 8 of 12: places 0..4, the middle
+    assert torch.equal(same, rows)
+    early = augment.crop_rows(rows, np.array([[0.0, 0.0, 0.0, 0.0]]), (1.0, 1.0))
+    assert early[0, :, 0].tolist() == [0, 0, 0, 1, 2, 3, 4, 5]  # two rows of the canvas, then its first six
+    late = augment.crop_rows(rows, np.array([[0.0, 0.0, 0.999, 0.0]]), (1.0, 1.0))
+    assert late[0, :, 0].tolist() == [2, 3, 4, 5, 6, 7, 0, 0]
+    # a constant stays one within the spectrogram: the weights of a point sum to 1
+    half = augment.crop_rows(torch.ones(1, 8, 4), np.array([[0.0, 0.0, 0.5, 0.9]]), (0.5, 0.5))
+    assert torch.allclose(half, torch.ones(1, 8, 4), atol=1e-6)
+
+
+def test_crops_do_not_depend_on_the_batch():
+    rows = torch.randn(9, 20, 8, generator=torch.Generator().manual_seed(1))
+    u = np.random.default_rng(1).random((9, 4))
+    together = augment.crop_rows(rows, u)
+    assert all(torch.equal(augment.crop_rows(rows[k : k + 1], u[k : k + 1])[0], together[k]) for k in range(9))
+    assert augment.crop_rows(rows[:0], u[:0]).shape == (0, 20, 8)
+    assert not torch.equal(together, rows)
+
+
+@pytest.mark.parametrize(("scale", "shape"), [((0.0, 1.0), 4), ((1.5, 0.6), 4), ((0.6, 1.5), 3)])
+def test_crops_that_cannot_be(scale, shape):
+    with pytest.raises(UsageError):
+        augment.crop_rows(torch.ones(3, 4, 5), np.zeros((3, shape)), scale)

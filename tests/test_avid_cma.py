@@ -22,6 +22,8 @@ from trainers import avid, avid_cma
 from trainers.avid import Avid
 from trainers.avid_cma import PRESETS, AvidCma, Config, cross_instance, cross_positive, within_instance, within_positive
 from trainers.batch import Batch
+from trainers.config import resolve
+from trainers.run import require_same
 
 SMALL = Config(
     positives=3, refresh_epochs=2, video_depth=10, width=4, hidden=16, dim=8, head_batch_norm=True, frames=2, size=16,
@@ -139,6 +141,22 @@ def test_refresh_when_due_and_only_then():
     resumed.load_method_state({k: v.clone() for k, v in method.method_state().items()})
     assert resumed.start_epoch(2) == {}, "a resumed epoch keeps the positives it was begun with"
     assert torch.equal(resumed.positives, moved)
+
+
+def test_engines_mine_the_same_and_are_told(tmp_path):
+    """Positives and hard pools are equal; the engine is logged; going on with another engine is refused by its name."""
+    found = {}
+    for engine in ("torch", "faiss"):
+        method = AvidCma(replace(SMALL, engine=engine, negative_mode="mixed", hard_pool=4), 20)
+        method.bank.seen[:] = True
+        assert method.start_epoch(0)["positives/faiss"] == (engine == "faiss")
+        found[engine] = method
+    assert torch.equal(found["torch"].positives, found["faiss"].positives)
+    assert torch.equal(found["torch"].hard, found["faiss"].hard)
+    one, other = (resolve("avid-cma", sets=[f"engine={e}"]) for e in ("torch", "faiss"))
+    assert one.digest != other.digest
+    with pytest.raises(ConflictError, match="engine is torch there, faiss was asked"):
+        require_same(tmp_path, one, other)
 
 
 def test_videos_without_a_complete_memory_have_no_positives_and_are_nobodys():

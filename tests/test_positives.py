@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
 from avstore.errors import UsageError
-from trainers import draws, positives
+from trainers import draws, negatives, positives, search
 from trainers.positives import AGREEMENTS, combine, mine_positives, rounding_slack
 
 ENGINES = ("torch", "faiss")
@@ -60,6 +62,26 @@ def test_engines_agree_and_short_lists_fall_back():
     assert short.certified == long.certified == brute.certified == 1.0
     assert torch.equal(short.rows, brute.rows) and torch.equal(long.rows, brute.rows)
     assert brute.certified_first == 1.0
+
+
+def test_auto_goes_by_rows_and_positives_are_the_same_on_both_sides(monkeypatch):
+    memory = random_bank(400)
+    eligible = torch.arange(400) % 7 > 0
+    few = mine_positives(memory, 8, eligible_N=eligible)
+    monkeypatch.setattr(negatives, "FAISS_FROM", 400)
+    many = mine_positives(memory, 8, eligible_N=eligible)
+    assert (few.engine, many.engine) == ("torch", "faiss") and (few.stats["faiss"], many.stats["faiss"]) == (0.0, 1.0)
+    assert torch.equal(few.rows, many.rows) and torch.equal(few.agreement, many.agreement)
+    monkeypatch.setattr(search, "faiss_flavour", lambda: None)
+    assert mine_positives(memory, 8, eligible_N=eligible).engine == "torch", "what is not there is not taken"
+    assert mine_positives(memory, 8, engine="torch").engine == "torch"
+
+
+def test_the_threshold_is_the_one_that_was_measured():
+    text = (Path(__file__).resolve().parents[1] / "docs" / "decisions.md").read_text()
+    assert f"{negatives.FAISS_FROM:,} rows" in text
+    empty = torch.empty(negatives.FAISS_FROM, 0)  # no memory, but a length
+    assert negatives.choose_engine("auto", empty) and not negatives.choose_engine("auto", empty[1:])
 
 
 @settings(max_examples=25, deadline=None)

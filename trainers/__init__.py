@@ -18,6 +18,7 @@ A method is an `nn.Module` that the loop (`loop.py`) drives through this contrac
         method_state() -> dict            name -> plain tensor (bank, Z, positives, counters), for safetensors; beside
                                           `state_dict()`, which holds weights and batch statistics only
         load_method_state(state)          the reverse; ConflictError where rows or widths differ
+        own_rates() -> dict               where it has one: beginnings of parameter names -> constant learning rates
         embed(video=None, audio=None)     {'video', 'audio'}: unit length; {'video-trunk', 'audio-trunk'}: pooled
                                           features. The caller says `.eval()` and `no_grad`
 

@@ -75,7 +75,7 @@ class Config:
     max_offset: float = 0.5  # [C] pictures may start or end this far outside the sound window, seconds
     learning_rate: float = 2e-4  # [C] Adam, constant
     warmup_steps: int = 0  # [C]
-    schedule: Literal["constant", "cosine"] = "constant"  # [C] milestones with factor 1
+    schedule: Literal["constant", "cosine", "multistep"] = "constant"  # [C] milestones with factor 1
     weight_decay: float = 1e-5  # [C]
     batch: int = 256  # [C] per node
     epochs: int = 30  # [C]; times `draws` = 300 passes over the videos
@@ -89,7 +89,7 @@ class Config:
             ("form", ("nce", "softmax")),
             ("loss_scale", ("code", "paper")),
             ("pool", ("max", "avg")),
-            ("schedule", ("constant", "cosine")),
+            ("schedule", ("constant", "cosine", "multistep")),
         ):
             if getattr(self, name) not in allowed:
                 wrong.append(f"{name} {getattr(self, name)!r}: {did_you_mean(getattr(self, name), allowed)}")

@@ -52,7 +52,7 @@ class Config:
     positives: int = 32  # [S0] section 5, |P_i|
     agreement: Literal["consensus", "union", "video", "audio"] = "consensus"  # [C] min of the two similarities
     refresh_epochs: int = 5  # [C] Kinetics; 10 on AudioSet
-    engine: Literal["auto", "faiss", "torch"] = "auto"  # candidates of the mining; exact with each [ours]
+    engine: Literal["auto", "faiss", "torch"] = "auto"  # [ours] candidates of the mining; auto: by rows; exact with each
     weight_cross_instance: float = 0.5  # [C] L_AVID; [S0] 1 (see loss_scale)
     weight_within_instance: float = 0.0  # [C] off
     weight_cross_positive: float = 0.0  # [C] off
@@ -81,7 +81,7 @@ class Config:
     max_offset: float = 0.5  # [C]
     learning_rate: float = 2e-4  # [C] Adam, constant; 1e-4 on AudioSet
     warmup_steps: int = 0  # [C]
-    schedule: Literal["constant", "cosine"] = "constant"  # [C]
+    schedule: Literal["constant", "cosine", "multistep"] = "constant"  # [C]
     weight_decay: float = 1e-5  # [C]
     batch: int = 256  # [C] per node, as AVID
     epochs: int = 20  # [C]; 40 on AudioSet
@@ -96,7 +96,7 @@ class Config:
             ("loss_scale", ("code", "paper")),
             ("negative_mode", MODES),
             ("pool", ("max", "avg")),
-            ("schedule", ("constant", "cosine")),
+            ("schedule", ("constant", "cosine", "multistep")),
         ):
             if getattr(self, name) not in allowed:
                 wrong.append(f"{name} {getattr(self, name)!r}: {did_you_mean(getattr(self, name), allowed)}")
@@ -425,6 +425,7 @@ class AvidCma(nn.Module):
             "positives/ties": sums[3],
             "positives/left_out": sums[4],
             "positives/agreement": sums[5] / whole,
+            "positives/faiss": mined.stats["faiss"],  # the same on every rank: it hangs on the bank's rows
         }
 
     def method_state(self) -> dict[str, Tensor]:

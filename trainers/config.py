@@ -38,10 +38,12 @@ class TrainConfig:
     momentum: float = 0.9  # [ours] of sgd
     nesterov: bool = False  # [ours] of sgd
     weight_decay: float = 0.0  # [ours] L2 in adam and sgd (as torch does), decoupled in adamw
+    larc: float = 0.0  # [ours] off; trust coefficient of LARC, before adam or sgd (CrissCross 0.001)
     schedule: Literal["constant", "cosine", "multistep"] = "constant"  # [ours] after the warm-up
     warmup_steps: int = 0  # [ours] linear from learning_rate / (warmup_steps + 1)
     milestones: tuple[int, ...] = ()  # [ours] epochs after which multistep multiplies by `decay`
     decay: float = 0.1  # [ours]
+    final_rate: float = 0.0  # [ours] where the cosine ends (CrissCross 1e-4)
     clip_gradient: float = 0.0  # [ours] largest norm of the gradient; 0: as it is
     epochs: int = 1  # [ours] times `draws` passes over the videos
     steps: int = 0  # [ours] optimiser steps in all; 0: as `epochs` says
@@ -63,6 +65,7 @@ class TrainConfig:
     sound_gain: float = 0.1  # [C] AVID: loudness times 1 +- this
     time_mask: float = 0.0  # [ours] off; two bands of rows are blanked, each up to this share (CrissCross 0.1)
     freq_mask: float = 0.0  # [ours] off; two bands of bins, likewise (CrissCross 0.125)
+    sound_crop: tuple[float, ...] = ()  # [ours] off; range of a random resized crop's sides (CrissCross 0.6,1.5)
     stored_spectrograms: bool = False  # [ours] read the store's rows instead of computing them from the sound
     statistics_clips: int = 512  # [ours] sound windows of the selection from which the bins' mean and deviation come
     precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"  # [ours] auto: bf16 where the hardware multiplies it
@@ -100,6 +103,8 @@ class TrainConfig:
             "weight_decay",
             "clip_gradient",
             "momentum",
+            "larc",
+            "final_rate",
         ):
             if getattr(self, name) < 0:
                 wrong.append(f"{name} {getattr(self, name)} must not be negative")
@@ -112,6 +117,12 @@ class TrainConfig:
         ]
         if self.cutout < 0:
             wrong.append(f"cutout {self.cutout} must not be negative")
+        if self.larc and self.optimiser == "adamw":
+            wrong.append("larc folds the weight decay into the gradient, which adamw keeps apart: take adam or sgd")
+        if self.schedule == "cosine" and self.final_rate > self.learning_rate:
+            wrong.append(f"final_rate {self.final_rate} is above learning_rate {self.learning_rate}")
+        if self.sound_crop and not (len(self.sound_crop) == 2 and 0 < self.sound_crop[0] <= self.sound_crop[1]):
+            wrong.append(f"sound_crop {self.sound_crop}: none, or a least and a largest share above 0, e.g. 0.6,1.5")
         if self.nesterov and not self.momentum:
             wrong.append("nesterov needs a momentum above 0")
         if self.batch % self.accumulate:
@@ -140,9 +151,11 @@ FREE = frozenset(
         "keep_every",
     }
 )
-# Keys that came later: at these values (off) they are no part of a digest, so that older runs keep theirs.
+# Keys that came later: at these values (off) they are no part of a digest, so that older runs keep theirs. A run that
+# was made without them has these values, whatever the method's are today.
 LATER: dict[str, Any] = {
-    "nesterov": False, "gray": 0.0, "blur": 0.0, "cutout": 0, "time_mask": 0.0, "freq_mask": 0.0,
+    "nesterov": False, "gray": 0.0, "blur": 0.0, "cutout": 0, "time_mask": 0.0, "freq_mask": 0.0, "larc": 0.0,
+    "final_rate": 0.0, "predictor_rate": 0.0, "sound_crop": (),
 }  # fmt: skip
 # Keys that belong to one stage of a method with stages; all others, where both stages have them, go to both.
 OF_A_STAGE = frozenset(
@@ -152,10 +165,12 @@ OF_A_STAGE = frozenset(
         "momentum",
         "nesterov",
         "weight_decay",
+        "larc",
         "schedule",
         "warmup_steps",
         "milestones",
         "decay",
+        "final_rate",
         "clip_gradient",
         "epochs",
         "steps",
@@ -243,7 +258,8 @@ class RunConfig:
                 "use the avstore that made it, or start a new run with --run",
             )
         hints = _hints(base)
-        given = {k: typed(k, v, hints[k]) for k, v in value["values"].items()}
+        given = {k: v for k, v in LATER.items() if k in known}
+        given |= {k: typed(k, v, hints[k]) for k, v in value["values"].items()}
         done = base.replace(**given)
         return dataclasses.replace(done, preset=value.get("preset"), asked=frozenset(value.get("asked", ())))
 

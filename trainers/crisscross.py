@@ -18,8 +18,10 @@ What differs from the poster or the authors' code, and why:
 * Both modalities of a view are cut from one window of the video's clock (`avstore.windows.two_views`), which is
   stricter than the code, where the picture of a view may miss its sound. `loose=True` cuts as the code does.
 * Each view goes through the networks alone, so batch statistics are of one view, as SimSiam's are.
-* Of the code's optimiser, Adam with cosine and warm-up is here; LARC and the predictors' own constant rate (2e-3), its
-  end of the cosine at 1e-4 instead of 0, and BYOL-A's random resizing of the spectrogram are not.
+* The code's optimiser: Adam behind LARC (trust 1e-3, clipped), encoders and projectors warmed up to 2e-4 and by a
+  cosine to 1e-4, the predictors at a constant 2e-3 (`trainers/optimiser.py`). `larc=0 predictor_rate=0` is plain Adam.
+* Sound: gain, then two masks each way, then BYOL-A's random resized crop (`avstore.augment.crop_rows`), in the code's
+  order. Masks are filled with the bins' means over the run's set, the code's with the mean of the clip.
 * Spectrograms are normalised by the statistics of the run's own selection, not by the authors' two numbers.
 """
 
@@ -92,9 +94,13 @@ class Config:
     sound_gain: float = 0.2  # [C]
     time_mask: float = 0.1  # [C] two masks of fewer than 20 of 200 rows
     freq_mask: float = 0.125  # [C] two masks of fewer than 10 of 80 bins
-    learning_rate: float = 2e-4  # [C] Adam, of the encoders
+    sound_crop: tuple[float, ...] = (0.6, 1.5)  # [C] BYOL-A's random resized crop; "" for none
+    larc: float = 1e-3  # [C] trust coefficient; 0: Adam alone
+    learning_rate: float = 2e-4  # [C] Adam, of the encoders and projectors
+    final_rate: float = 1e-4  # [C] at the end of the cosine
+    predictor_rate: float = 2e-3  # [C] of the predictors, constant; 0: as the rest
     warmup_steps: int = 1133  # [C] 2 epochs of 5 x 232,067 / 2048 steps
-    schedule: Literal["constant", "cosine"] = "cosine"  # [C]
+    schedule: Literal["constant", "cosine", "multistep"] = "cosine"  # [C]
     weight_decay: float = 1e-4  # [C]
     batch: int = 2048  # [C] 1024 on each of two nodes
     epochs: int = 100  # [C]
@@ -109,7 +115,7 @@ class Config:
             ("video_net", tuple(VIDEO)),
             ("audio_net", tuple(AUDIO)),
             ("pool", ("max", "avg")),
-            ("schedule", ("constant", "cosine")),
+            ("schedule", ("constant", "cosine", "multistep")),
         ):
             if getattr(self, name) not in allowed:
                 wrong.append(f"{name} {getattr(self, name)!r}: {did_you_mean(getattr(self, name), allowed)}")
@@ -120,6 +126,8 @@ class Config:
         ]
         if not self.learning_rate > 0:
             wrong.append(f"learning_rate {self.learning_rate} must be above 0")
+        if self.predictor_rate < 0:
+            wrong.append(f"predictor_rate {self.predictor_rate} must not be negative")
         weights = self.coefficients()
         if min(weights.values()) < 0 or not any(weights.values()):
             wrong.append(f"coefficients {weights} must not be negative, nor all zero")
@@ -131,7 +139,8 @@ class Config:
         return {name: getattr(self, name) for name in RELATIONS}
 
 
-# a few hundred clips on a CPU [ours]: AVID's small nets, a projector of their size, no blur (a third of the step)
+# a few hundred clips on a CPU [ours]: AVID's small nets, a projector of their size, no blur (a third of the step). In
+# so few steps LARC hardly moves anything
 TINY = replace(
     Config(),
     video_net="avid-r2plus1d-10",
@@ -147,7 +156,11 @@ TINY = replace(
     gray=0.0,
     blur=0.0,
     cutout=0,
+    sound_crop=(),
+    larc=0.0,
     learning_rate=2e-3,
+    final_rate=0.0,
+    predictor_rate=0.0,
     warmup_steps=10,
     weight_decay=1e-5,
     batch=24,
@@ -221,6 +234,11 @@ class CrissCross(Stateless):
             seconds=config.seconds,
             front_end=config.front_end,
         )
+
+    def own_rates(self) -> dict[str, float]:
+        """Beginnings of parameter names -> their constant rate (`optimiser.make_optimiser`)."""
+        rate = self.config.predictor_rate
+        return {"video_predictor.": rate, "audio_predictor.": rate} if rate else {}
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, float | Tensor]]:
         """`step`, so that DistributedDataParallel sees the pass."""

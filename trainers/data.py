@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from avstore import draws
-from avstore.augment import SOUND_NUMBERS, VideoAugment, centre_crop, mask_bands, sound_gain
+from avstore.augment import CROP_NUMBERS, SOUND_NUMBERS, VideoAugment, centre_crop, crop_rows, mask_bands, sound_gain
 from avstore.errors import ConflictError, UsageError
 from avstore.frontends import apply_clip_floor, gain_rows, named, spectrogram
 from avstore.loader import Loader
@@ -250,15 +250,16 @@ class Feed(Iterator[Fed]):
 
     def _sound(self, raw: Any, on: dict[str, Tensor], k: int, here: np.ndarray, present: Tensor) -> Tensor:
         loop, gain, mask = self.loop, None, None
-        if loop.sound_gain or loop.time_mask or loop.freq_mask:
+        if loop.sound_gain or loop.time_mask or loop.freq_mask or loop.sound_crop:
             draw = raw.draw * self.views + k
-            u = draws.uniform(loop.seed, "augment-sound", raw.epoch, raw.row, draw, SOUND_NUMBERS)
+            u = draws.uniform(loop.seed, "augment-sound", raw.epoch, raw.row, draw, SOUND_NUMBERS + CROP_NUMBERS)
             if loop.sound_gain:
                 gain = torch.from_numpy(sound_gain(u[..., 0], loop.sound_gain)).to(self.device)
-            if loop.time_mask or loop.freq_mask:
+            if loop.time_mask or loop.freq_mask or loop.sound_crop:
 
                 def mask(rows: Tensor) -> Tensor:
-                    return mask_bands(rows, u[..., 1:], loop.time_mask, loop.freq_mask)
+                    rows = mask_bands(rows, u[..., 1:SOUND_NUMBERS], loop.time_mask, loop.freq_mask)
+                    return crop_rows(rows, u[..., SOUND_NUMBERS:], loop.sound_crop) if loop.sound_crop else rows
 
         stored = on.get("spectrogram")
         return self.normaliser.audio(

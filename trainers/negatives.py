@@ -120,13 +120,20 @@ def nearest(
     return pool
 
 
+# rows of a bank from which FAISS' [v|a] lists cost less on a CPU than torch's brute force: docs/decisions.md
+FAISS_FROM = 300_000
+
+
 def choose_engine(engine: str, memory: Tensor) -> bool:
-    """Whether to search with FAISS. Raises UsageError for an unknown name or FAISS on a GPU tensor."""
+    """Whether to mine with FAISS. auto: on a CPU, from FAISS_FROM rows on, where it is installed; positives are the
+    same with both. Raises UsageError for an unknown name or FAISS on a GPU tensor."""
     if engine not in ("auto", "faiss", "torch"):
         raise UsageError(f"no search engine {engine!r}", did_you_mean(engine, ("auto", "faiss", "torch")))
     if engine == "faiss" and memory.device.type != "cpu":
         raise UsageError(f"FAISS on a bank on {memory.device}", "it searches banks in CPU memory", "use engine=torch")
-    return engine == "faiss" or (engine == "auto" and memory.device.type == "cpu")
+    if engine == "auto":
+        return memory.device.type == "cpu" and len(memory) >= FAISS_FROM and search.faiss_flavour() is not None
+    return engine == "faiss"
 
 
 def inner_product_search(queries: Tensor, keys: Tensor, count: int) -> tuple[Tensor, Tensor]:

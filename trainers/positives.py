@@ -10,8 +10,8 @@ them, and a certificate tells whether they can have missed anything:
     (Whoever is outside C has s <= u <= t + e, hence less than k rows of C.)
 
 Rows that fail go to a longer brute-force list; what still fails are ties within rounding: the rescored best are
-kept, counted and reported, never silent. Engines: `torch` scores s itself in blocks; `faiss` (CPU, about twice as
-fast there) searches [v|a], since (v.v + a.a) / 2 >= min. Self leaves by row number; order (-s, row).
+kept, counted and reported, never silent. Engines: `torch` scores s itself in blocks; `faiss` (CPU, for large banks)
+searches [v|a], since (v.v + a.a) / 2 >= min. Self leaves by row number; order (-s, row).
 Nothing approximate is here, and nothing is written: the caller keeps the table.
 """
 
@@ -41,7 +41,7 @@ class Mined:
 
     `certified_first`, `certified`: shares of the taking-part queries proved exact by the first pass and in all;
     `ties`: number whose k-th place is undecided within rounding; `left_out`: queries without both modalities.
-    `agreement` (Q, k) float64: the scores, aligned with `rows`.
+    `agreement` (Q, k) float64: the scores, aligned with `rows`. `engine`: who proposed first, 'torch' or 'faiss'.
     """
 
     rows: Tensor
@@ -51,6 +51,7 @@ class Mined:
     ties: int
     left_out: int
     stats: dict[str, float] = field(default_factory=dict)
+    engine: str = "torch"
 
 
 def combine(video_score: Tensor, audio_score: Tensor, agreement: str) -> Tensor:
@@ -141,8 +142,10 @@ def mine_positives(
     share = float(certified.double().mean()) if len(query) else 1.0
     ties, left_out = int((~certified).sum()), len(query_Q) - len(query)
     mean = float(score.mean()) if len(query) else 0.0
-    stats = {"certified_first": share_first, "certified": share, "ties": ties, "left_out": left_out, "agreement": mean}
-    return Mined(out_rows, out_score.gather(1, order), share_first, share, ties, left_out, stats)
+    stats = {"certified_first": share_first, "certified": share, "ties": ties, "left_out": left_out, "agreement": mean,
+             "faiss": float(use_faiss)}  # fmt: skip
+    chosen = "faiss" if use_faiss else "torch"
+    return Mined(out_rows, out_score.gather(1, order), share_first, share, ties, left_out, stats, chosen)
 
 
 def _by_torch(bank: Tensor, query: Tensor, m: int, agreement: str) -> tuple[Tensor, Tensor]:
