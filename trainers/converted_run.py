@@ -9,7 +9,6 @@ import dataclasses
 import os
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from avstore.errors import UsageError
@@ -17,8 +16,8 @@ from avstore.frontends import named
 from trainers import checkpoint as checkpoints
 from trainers.config import resolve
 from trainers.convert import Found
-from trainers.embed import embed_videos
 from trainers.fit import fit
+from trainers.memory import fill_memory
 from trainers.run import OpenRun, Run, build
 from trainers.snapshot import take_snapshot
 
@@ -81,28 +80,10 @@ def make_run(
             if found.is_avid and found.partition is not None:
                 contract.partition = torch.tensor(found.partition, dtype=torch.float64)
             if bank:
-                _fill_bank(contract, made, store, device)
+                contract.bank.memory, contract.bank.seen = fill_memory(
+                    method, made, store, contract.bank.memory, device=device
+                )
             state = {"total_steps": 0, "epoch": 0, "method": config.name, "config": config.digest, "precision": "fp32"}
             optimiser = torch.optim.SGD(method.cpu().parameters())
             checkpoints.save(made.folder, 0, method, optimiser, contract.method_state(), state)
     return made, list(made.snapshot.notes)
-
-
-@torch.no_grad()
-def _fill_bank(method: Any, run: Run, store: Store, device: str) -> None:
-    """Each row: the mean of the unit embeddings of its video's seconds, of unit length again."""
-    numbers = run.snapshot.numbers
-    row = {int(n): i for i, n in enumerate(numbers)}
-    found = embed_videos(method, run, store, numbers, device=device)
-    method.cpu()
-    for column, tower in enumerate(("video", "audio")):
-        if tower not in found:
-            continue
-        vectors, video, _ = found[tower]
-        who, first = np.unique(video, return_inverse=True)
-        total = np.zeros((len(who), vectors.shape[1]))
-        np.add.at(total, first, vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
-        total /= np.linalg.norm(total, axis=1, keepdims=True)
-        rows = torch.tensor([row[int(n)] for n in who])
-        method.bank.memory[rows, column] = torch.from_numpy(total).to(method.bank.memory)
-        method.bank.seen[rows, column] = True

@@ -32,6 +32,7 @@ from avstore.errors import AvstoreError, ConflictError, InterruptedRun, UsageErr
 from avstore.store import Store
 from trainers import checkpoint as checkpoints
 from trainers import data, distributed, fit
+from trainers.bank import MemoryBank
 from trainers.batch import Batch
 from trainers.config import RunConfig, resolve_stage
 from trainers.encoders import has_local_batch_norm
@@ -118,7 +119,8 @@ def train_with_stages(
         try:
             train_with_stages(line.stage, store, stage, before, stage_config=below, on_event=on_event, **selection)
         except ConflictError as e:
-            if before.joinpath("config.json").is_file() and "configuration" in e.what:
+            other = any(word in e.what for word in ("configuration", "selection", "another store", "videos"))
+            if before.joinpath("config.json").is_file() and other:
                 raise ConflictError(
                     e.what, e.why, f"start from it as it is with --init {before}, or --run for another"
                 ) from e
@@ -221,7 +223,7 @@ class Trainer:
         if found:
             self.resume(found[-1])
         elif init_run is not None:
-            self._start_from(init_run)
+            self._start_from(init_run, stop)
         self._note_processes()
         self.on_event(Event("start", self.name, self.done, self.total, self._words(bool(found))))
         log = MetricLog(self.path, self.done) if chief else None
@@ -355,15 +357,36 @@ class Trainer:
                 )
             )
 
-    def _start_from(self, init_run: Run) -> None:
+    def _start_from(self, init_run: Run, stop: threading.Event) -> None:
+        """Takes over the stage's last checkpoint; where it saw other videos, all but the bank, which is filled anew."""
         file = find_method(self.name).load()
         if file.load_stage is None:
             raise UsageError(f"{self.name} cannot start from another run", "it starts from random weights")
-        newest = init_run.checkpoint()
-        getattr(self.method, file.load_stage)(
-            checkpoints.read_tensors(newest, "model.safetensors"),
-            checkpoints.read_tensors(newest, "method.safetensors"),
-        )
+        newest, load = init_run.checkpoint(), getattr(self.method, file.load_stage)
+        weights = checkpoints.read_tensors(newest, "model.safetensors")
+        state = checkpoints.read_tensors(newest, "method.safetensors")
+        if init_run.snapshot.same_videos(self.snapshot) or "bank.memory" not in state:
+            load(weights, state)
+            return
+        from trainers.memory import fill_memory
+
+        n = len(self.snapshot.numbers)
+        bank = MemoryBank(n, state["bank.memory"].shape[2], self.loop.seed)
+        load(weights, state | {f"bank.{k}": x for k, x in bank.state().items()})  # refuses other networks at once
+
+        def heard(done: int) -> None:
+            if agreed(stop.is_set(), self.device):
+                raise InterruptedRun(
+                    f"stopped after {done} of {n} videos", "the memory bank was being filled", "repeat the command"
+                )
+
+        text = f"filling the memory bank with {n} videos: {init_run.path} saw others"
+        self.on_event(Event("note", self.name, text=text))
+        bank.memory, bank.seen = fill_memory(
+            init_run.load(), Run(self.path), self.store, bank.memory.to(self.device), device=str(self.device),
+            on_chunk=heard,
+        )  # fmt: skip
+        load(weights, state | {f"bank.{k}": x for k, x in bank.state().items()})
 
     # -- pieces -------------------------------------------------------------------------------------------------
 

@@ -77,6 +77,10 @@ class Snapshot:
             }
         )
 
+    def same_videos(self, other: Snapshot) -> bool:
+        """Whether both are of the same videos of one store in the same rows, so that a bank of one serves the other."""
+        return (self.fingerprint, self.digest) == (other.fingerprint, other.digest)
+
     def require_fits(self, store: Store) -> None:
         """ConflictError unless `store` is the one that this snapshot was taken of."""
         if store.fingerprint != self.fingerprint:
@@ -106,15 +110,16 @@ def take_snapshot(
     init: Run | None = None,
     selection: dict[str, Any] | None = None,
 ) -> Snapshot:
-    """What a run keeps of its store. With `init` the selection is that run's, for its bank has those rows; asking for
-    another is a ConflictError."""
+    """What a run keeps of its store. With `init`, a finished run, the selection is that run's where none is asked and
+    `store` is its store, so that its bank's rows go on. Of another selection or store the run begins a bank of its own
+    (a note says so); its bins are normalised by the statistics of `init`, by which its networks were trained."""
     needs = needs_of(config)
     asked = {k: v for k, v in (selection or {}).items() if v not in (None, (), [])}
-    chosen = select(store, config, **asked) if asked or init is None else None
-    lineage = None
+    goes_on = init is not None and not asked and _is_of(init.snapshot, store)
+    chosen = None if goes_on else select(store, config, **asked)
+    told, lineage = [*notes], None
     if init is not None:
         before = init.snapshot
-        before.require_fits(store)
         newest = init.checkpoint()
         if not init.finished:
             raise ConflictError(
@@ -122,13 +127,15 @@ def take_snapshot(
                 f"its last checkpoint is step {newest.step}",
                 "repeat its command first",
             )
-        if chosen is not None and chosen.digest != before.digest:
-            raise ConflictError(
-                f"{config.name} starts from {init.path}, which has another selection of videos",
-                f"it has {before.selection}, {len(before.numbers)} videos; asked {chosen.description}, {len(chosen)}",
-                "use the same selection for both",
-            )
-        numbers, digest, words = before.numbers, before.digest, before.selection
+        if chosen is None:
+            numbers, digest, words = before.numbers, before.digest, before.selection
+        else:
+            numbers, digest, words = chosen.numbers, chosen.digest, chosen.description
+            if not (digest == before.digest and _is_of(before, store)):
+                told.append(
+                    f"{config.name} starts from {init.path}, which saw other videos ({len(before.numbers)} of "
+                    f"{before.store}: {before.selection}): a memory bank is filled anew, by embedding these once"
+                )
         lineage = {"run": init.name, "step": newest.step, "checkpoint": newest.digest, "config": init.config.digest}
         same_sound = before.statistics is not None and before.statistics["front_end"] == needs.front_end
         statistics = before.statistics if same_sound else None
@@ -151,12 +158,20 @@ def take_snapshot(
         selection=words,
         tasks=sum(len(p.tasks) for p in store.plans) - store.pending_tasks,
         statistics=statistics,
-        notes=(*notes, *dropped),
+        notes=(*told, *dropped),
         init=lineage,
         labels=labels,
         versions={k: sorted(v) for k, v in store.versions.items()},
         teachers=_teachers(config),
     )
+
+
+def _is_of(snapshot: Snapshot, store: Store) -> bool:
+    try:
+        snapshot.require_fits(store)
+    except ConflictError:
+        return False
+    return True
 
 
 def _teachers(config: RunConfig) -> dict[str, str]:
