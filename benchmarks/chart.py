@@ -6,6 +6,7 @@ Colours are the page's, light and dark. Not here: tables and the page around the
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -75,9 +76,17 @@ def _axes(x: tuple[float, float], y: tuple[float, float], label: str) -> tuple[s
     return "".join(parts), to_x, to_y
 
 
-def chart(title: str, curves: Sequence[Curve], *, x: str = "step", zero: bool = False, smooth: int = 1) -> str:
+def chart(
+    title: str,
+    curves: Sequence[Curve],
+    *,
+    x: str = "step",
+    zero: bool = False,
+    smooth: int = 1,
+    marks: bool = False,
+) -> str:
     """Curves over x as a figure. zero: the y axis begins at 0. smooth: a running mean over so many points, with the
-    points themselves behind it. "" where no curve has two finite points."""
+    points themselves behind it. marks: a dot at each point. "" where no curve has two finite points."""
     kept = []
     for c in curves:
         if len(c.x) != len(c.y):
@@ -102,6 +111,9 @@ def chart(title: str, curves: Sequence[Curve], *, x: str = "step", zero: bool = 
             thin = q[np.unique(np.linspace(0, len(q) - 1, min(POINTS, len(q))).round().astype(int))]
             points = " ".join(f"{to_x(a):.1f},{to_y(b):.1f}" for a, b in thin)
             lines.append(f'<polyline class="{kind}" style="stroke:var(--c{i % COLOURS})" points="{points}"/>')
+        if marks:
+            lines += [f'<circle cx="{to_x(a):.1f}" cy="{to_y(b):.1f}" r="2.4" style="fill:var(--c{i % COLOURS})"/>'
+                      for a, b in p]  # fmt: skip
     return _figure(title, axes + "".join(lines), [n for n, _ in kept] if len(kept) > 1 else [])
 
 
@@ -187,6 +199,38 @@ def _figure(title: str, body: str, names: Sequence[str] | Sequence[tuple[str, in
         f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escaped(title)}">{body}</svg>'
         + (f'<div class="legend">{legend}</div>' if legend else "")
         + "</figure>"
+    )
+
+
+def drawing(figures: Sequence[str], width: int = 720) -> str:
+    """Figures made here, one below the other, as one SVG file with their titles and legends."""
+    scale = width / WIDTH
+    parts, y = [], 0.0
+    for figure in figures:
+        title = re.search(r"<figcaption>(.*?)</figcaption>", figure)
+        box = re.search(r'viewBox="0 0 [\d.]+ ([\d.]+)"', figure)
+        if title is None or box is None:
+            raise UsageError("a figure without a drawing", "chart, histogram and scatter make some")
+        parts.append(f'<text x="12" y="{y + 22:.0f}" class="title">{title[1]}</text>')
+        inner = figure[figure.index(">", figure.index("<svg")) + 1 : figure.index("</svg>")]
+        height = float(box[1])
+        parts.append(f'<svg y="{y + 32:.0f}" width="{width}" height="{height * scale:.0f}" viewBox="0 0 {WIDTH} '
+                     f'{height:g}">{inner}</svg>')  # fmt: skip
+        y += 32 + height * scale + 8
+        for colour, name in re.findall(r'<span><i style="background:var\((--c\d)\)"></i>(.*?)</span>', figure):
+            parts.append(f'<rect x="14" y="{y:.0f}" width="12" height="12" style="fill:var({colour})"/>'
+                         f'<text x="34" y="{y + 11:.0f}" class="name">{name}</text>')  # fmt: skip
+            y += 20
+        y += 16
+    names = ";".join(f"--c{i}:{c}" for i, c in enumerate(LIGHT))
+    style = (
+        f"svg{{{names};background:#fff}}text{{fill:#63636b;font:10px sans-serif}}.grid{{stroke:#e3e1dc}}"
+        ".axis{stroke:#63636b}.curve{fill:none;stroke-width:1.6}.thin{stroke-width:1;opacity:.3}"
+        ".title{fill:#1b1b1f;font:15px sans-serif}.name{font:13px sans-serif}"
+    )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{y:.0f}" viewBox="0 0 {width} {y:.0f}">'
+        f'<style>{style}</style><rect width="100%" height="100%" fill="#fff"/>{"".join(parts)}</svg>\n'
     )
 
 

@@ -1,14 +1,18 @@
 """What every probe of frozen features shares: who is trained on and who is tested, scores per clip averaged per video,
 accuracy over parts, the table with its controls.
 
-A part is one (training, test) division: a fold, an official split, or train / test. Clip scores are averaged per video
-before the class is chosen. Not here: the classifiers (`svm.py`, `linear.py`, `knn.py`) and the features (`blocks.py`).
+A part is one (training, test) division: a fold, an official split (`splits.py`: split1 ... split3 are averaged), or
+train / test. Where a part has a validation part, that one chooses the classifier's settings and is then trained on with
+the training part; the test part is scored once. Clip scores are averaged per video before the class is chosen.
+
+Not here: the classifiers (`svm.py`, `linear.py`, `knn.py`) and the features (`blocks.py`).
 """
 
 # legend: n videos, K clips of each, D values, C classes
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,12 +20,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from avstore.errors import UsageError, did_you_mean
-from benchmarks import paired
+from benchmarks import paired, splits
 from benchmarks.rank import folds
 from benchmarks.table import Table
 
 if TYPE_CHECKING:
     from avstore.store import Store
+    from trainers.run import Run
 
 COLUMNS = ("features", "block", "top-1", "sd", "of parts", "of", "setting")
 Classifier = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None], tuple[np.ndarray, str]]
@@ -30,12 +35,21 @@ Classifier = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None], t
 @dataclass(frozen=True, eq=False)
 class Part:
     """Places into the probed videos, int64; `inner`: the fold of each training video, for choosing a strength, or
-    None."""
+    None; `val`: the validation part, or None."""
 
     name: str
     train: np.ndarray
     test: np.ndarray
     inner: np.ndarray | None = None
+    val: np.ndarray | None = None
+
+    def learned_on(self) -> tuple[np.ndarray, np.ndarray | None]:
+        """(places, inner folds of them) that a classifier is given: with a validation part, this is fold 0 and the
+        training part fold 1, so that what chooses within training chooses on it."""
+        if self.val is None:
+            return self.train, self.inner
+        inner = np.repeat(np.array([1, 0], np.int64), [len(self.train), len(self.val)])
+        return np.concatenate([self.train, self.val]), inner
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,14 +70,20 @@ def choose(
     fold_column: str | None = None,
     fold_count: int | None = None,
     fold_seed: int = 0,
+    split_columns: Sequence[str] = (),
     modality: str = "a",
     **selection: Any,
 ) -> Probed:
-    """Who is probed: by the store's `fold` column where it has one, else by `split`, else by `fold_count` stratified
-    folds (as `bench retrieval`). Videos without the modality or label are refused, by name.
+    """Who is probed: by `fold_count` stratified folds (as `bench retrieval`), else by the `fold_column` or
+    `split_columns` named, else by the official splits split1, split2, ... where the store has them, else by its column
+    `fold`, else by `split`. Videos without the modality or label are refused, by name.
 
     UsageError where there is neither column nor a number of folds, where a class is missing from a training part.
     """
+    asked = [n for n, on in (("--folds", fold_count is not None), ("--fold-column", fold_column is not None),
+                             ("--split", bool(split_columns))) if on]  # fmt: skip
+    if len(asked) > 1:
+        raise UsageError(" with ".join(asked), "each of them says by itself who is tested", "give one of them")
     numbers = store.select(**selection).numbers
     if not len(numbers):
         raise UsageError("no video is selected", "a probe needs videos with labels", "see avstore ls")
@@ -92,22 +112,28 @@ def choose(
     if fold_count is not None:
         which = folds(keys, [str(v) for v in values], fold_count, fold_seed)
         parts, description = _by_fold(which), f"{fold_count} stratified folds, seed {fold_seed}"
-    elif (fold_column or "fold") in store.columns:
+    elif fold_column is not None and fold_column not in store.columns:
+        raise UsageError(f"{store.path} has no column {fold_column!r}", did_you_mean(fold_column, store.columns))
+    elif fold_column is not None or (
+        not split_columns and "fold" in store.columns and not [c for c in splits.columns_of(store) if c != "split"]
+    ):
         column = fold_column or "fold"
-        given = [str(v) for v in store.column(column, numbers)]
+        given = ["" if v is None else str(v) for v in store.column(column, numbers)]
         names = sorted(set(given))
-        if {"train", "training", "test", "testing"} & set(names):
+        if "" in names:
+            e = store.key(int(numbers[given.index("")]))
+            raise UsageError(f"{given.count('')} of {len(given)} videos have no {column}", f"e.g. {e}",
+                             f"--where {column}!= leaves them out")  # fmt: skip
+        if (splits.TRAIN | splits.TEST) & set(names):
             raise UsageError(
                 f"column {column} divides training from testing: {', '.join(names[:5])}",
                 "folds are tested in turn, so its test part would be trained on too",
-                "leave --fold-column away where it is called split; bench finetune reads split1, split2, ...",
+                f"--split {column}",
             )
         which = np.array([names.index(v) for v in given], np.int64)
         parts, description = _by_fold(which, names), f"official folds: column {column}"
-    elif fold_column is not None:
-        raise UsageError(f"{store.path} has no column {fold_column!r}", did_you_mean(fold_column, store.columns))
     else:
-        parts, description = _by_split(store, numbers), "train and test split"
+        parts, description = _by_split(store, numbers, list(split_columns) or None)
     for part in parts:
         missing = sorted(set(y[part.test].tolist()) - set(y[part.train].tolist()))
         if missing:
@@ -115,6 +141,14 @@ def choose(
                 f"{part.name}: {len(missing)} classes are tested but not trained on, e.g. {classes[missing[0]]}",
                 "no classifier can know them",
                 "fewer --folds, or other videos",
+            )
+        strange = sorted(set(y[part.val].tolist()) - set(y[part.train].tolist())) if part.val is not None else []
+        if strange:
+            raise UsageError(
+                f"{part.name}: {len(strange)} classes of its validation part are not trained on, e.g. "
+                f"{classes[strange[0]]}",
+                "it chooses settings for the classes of the training part",
+                "--where leaves videos out",
             )
     return Probed(numbers, y, classes, tuple(parts), description)
 
@@ -130,17 +164,15 @@ def _by_fold(which: np.ndarray, names: Sequence[str] = ()) -> list[Part]:
     return parts
 
 
-def _by_split(store: Store, numbers: np.ndarray) -> list[Part]:
-    given = [str(v) for v in store.column("split", numbers)] if "split" in store.columns else []
-    train = np.array([i for i, s in enumerate(given) if s in ("train", "training")], np.int64)
-    test = np.array([i for i, s in enumerate(given) if s in ("test", "testing")], np.int64)
-    if not len(train) or not len(test):
-        raise UsageError(
-            f"{store.path} has no folds and no train and test split",
-            f"its splits: {', '.join(sorted(set(given))) or 'none'}",
-            "--folds 5, or ingest with a list that has a column fold or split",
-        )
-    return [Part("test split", train, test, None)]
+def _by_split(store: Store, numbers: np.ndarray, columns: Sequence[str] | None) -> tuple[list[Part], str]:
+    found = splits.official(store, numbers, columns)
+    parts = [Part(s.name, s.train, s.test, None, s.val if len(s.val) else None) for s in found]
+    names = ", ".join(s.name for s in found)
+    if columns is None and found[0].name in ("test split", "validation split"):
+        description = "train and test split" if found[0].name == "test split" else "train and validation split"
+    else:
+        description = f"official splits: {names}"
+    return parts, description
 
 
 @dataclass(frozen=True)
@@ -163,14 +195,16 @@ def probe(x: np.ndarray, probed: Probed, classifier: Classifier, train_x: np.nda
     learn = x if train_x is None else train_x
     out = []
     for part in probed.parts:
-        scores, setting = classifier(learn[part.train], probed.labels[part.train], x[part.test], part.inner)
+        rows, inner = part.learned_on()
+        scores, setting = classifier(learn[rows], probed.labels[rows], x[part.test], inner)
         predicted = scores.mean(1).argmax(1)
         out.append(Outcome(part.name, float((predicted == probed.labels[part.test]).mean()), setting))
     return out
 
 
 def few_shot(probed: Probed, shots: int, seed: int = 0) -> Probed:
-    """The same with `shots` training videos of each class, drawn by `seed`; test parts as they are.
+    """The same with `shots` training videos of each class, drawn by `seed`; test parts as they are, validation parts
+    gone: more labels than the shots would choose the settings.
 
     UsageError where a class has fewer.
     """
@@ -204,7 +238,8 @@ def chance(probed: Probed) -> list[Outcome]:
 
 def row(features: str, block: str, outcomes: Sequence[Sequence[Outcome]]) -> dict[str, Any]:
     """A row of the table: outcomes of each run or seed, each a list over parts. `sd`: over parts and runs."""
-    flat = [o.accuracy for one in outcomes for o in one]
+    each = [[o.accuracy for o in one] for one in outcomes]
+    flat = [a for one in each for a in one]
     per_part = [float(np.mean([one[i].accuracy for one in outcomes])) for i in range(len(outcomes[0]))]
     settings = list(dict.fromkeys(o.setting for one in outcomes for o in one if o.setting))
     return {
@@ -216,6 +251,7 @@ def row(features: str, block: str, outcomes: Sequence[Sequence[Outcome]]) -> dic
         "of": len(flat),
         "setting": ", ".join(settings),
         "values": per_part,
+        "each": each,
     }
 
 
@@ -232,6 +268,7 @@ def table(
 ) -> Table:
     """The table of a probe. compared: features whose rows of one block are tested against each other, over parts."""
     counts = ", ".join(f"{len(p.train)}/{len(p.test)}" for p in probed.parts[:3])
+    chosen = [len(p.val) for p in probed.parts if p.val is not None]
     return Table(
         title,
         COLUMNS,
@@ -239,18 +276,51 @@ def table(
         (
             f"{len(probed.numbers)} videos, {len(probed.classes)} classes; {probed.description}; trained on / tested "
             f"on {counts}{' ...' if len(probed.parts) > 3 else ''}. sd: over parts and runs",
+            *(
+                [f"settings chosen on the validation part ({_few(chosen)} videos), which is then trained on too"]
+                if chosen
+                else []
+            ),
             *notes,
             *differences(rows, compared),
         ),
     )
 
 
+def _few(counts: Sequence[int]) -> str:
+    return ", ".join(map(str, counts[:3])) + (" ..." if len(counts) > 3 else "")
+
+
 def differences(rows: Sequence[dict[str, Any]], compared: Sequence[str]) -> list[str]:
-    """A line with a paired test over parts for each two of the `compared` features in each block (`paired.py`)."""
+    """A line with a paired test for each two of the `compared` features in each block (`paired.py`): over parts, and
+    over runs as well where both have as many (one seed each, in order), which alone helps where there is one part."""
     out = []
     for block in dict.fromkeys(r.get("block") for r in rows):
-        mine = {r["features"]: r["values"] for r in rows if r.get("block") == block and r["features"] in compared}
-        out += [f"{block}, {line}" if block else line for line in paired.lines(mine, "parts")]
+        mine = {r["features"]: r for r in rows if r.get("block") == block and r["features"] in compared}
+        for one, other in itertools.combinations(mine, 2):
+            a, b = (mine[n].get("each") or [mine[n]["values"]] for n in (one, other))
+            many = len(a) == len(b) and len(a) > 1
+            pair = {n: [v for x in e for v in x] if many else mine[n]["values"] for n, e in ((one, a), (other, b))}
+            out += [
+                f"{block}, {line}" if block else line
+                for line in paired.lines(pair, "parts and runs" if many else "parts")
+            ]
+    return out
+
+
+def names(runs: Sequence[Run]) -> list[str]:
+    """What each run is called in a table. Runs of one method that differ in nothing but their seed are repetitions of
+    each other and share the method's name: a row with their mean and spread. Else their folders name them, so that two
+    settings of one method, or one setting trained on two stores, are two rows, and compared."""
+    kinds = [(r.config.name, r.config.replace(seed=0).digest, r.snapshot.fingerprint) for r in runs]
+    out = []
+    for run, kind in zip(runs, kinds, strict=True):
+        if all(k == kind for k in kinds if k[0] == kind[0]):
+            out.append(run.config.name)
+        elif sum(r.name == run.name for r in runs) > 1:
+            out.append(str(run.path))
+        else:
+            out.append(run.name)
     return out
 
 

@@ -1,7 +1,8 @@
-"""Ranking metrics: R@k, mAP and MRR of queries against a gallery by cosine, what chance gives, and stratified folds.
+"""Ranking metrics: R@k, mAP and MRR of queries against a gallery, what chance gives, and stratified folds.
 
 R@k is the share of queries with at least one relevant item among the k nearest (the literature's retrieval R@k, not
-the recall of all relevant items). Pure functions on arrays; `benchmarks.retrieval` says which videos and features.
+the recall of all relevant items). By cosine, or by Euclidean distance of features as they are (SeLaVi). Pure functions
+on arrays; `benchmarks.retrieval` says which videos and features.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 
@@ -23,7 +24,8 @@ BLOCK = 1 << 25  # scores held at once
 
 @dataclass(frozen=True)
 class Ranking:
-    """Shares in [0, 1]. `unmatched`: queries with no relevant gallery item; they count as misses everywhere."""
+    """Shares in [0, 1]. `unmatched`: queries with no relevant gallery item; they count as misses everywhere. `first`:
+    int64 (Q,), the rank of each query's first relevant item, 0: there is none; empty for an expectation."""
 
     recall: dict[int, float]
     map: float
@@ -31,6 +33,7 @@ class Ranking:
     queries: int
     gallery: int
     unmatched: int
+    first: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64), compare=False, repr=False)
 
     def values(self) -> dict[str, float]:
         """{"R@1": ..., "R@5": ..., "mAP": ..., "MRR": ...}."""
@@ -52,14 +55,20 @@ def rank(
     ks: Sequence[int] = KS,
     without: np.ndarray | None = None,
     seed: int = 0,
+    by: Literal["cosine", "euclidean"] = "cosine",
 ) -> Ranking:
-    """Ranks the gallery (G, D) for each query (Q, D) by cosine; an item is relevant when the labels are equal.
+    """Ranks the gallery (G, D) for each query (Q, D) by cosine, or by Euclidean distance of the features as they are;
+    an item is relevant when the labels are equal.
 
     `without`: int64 (Q,), the gallery row that a query must not find (itself), -1: none. Equal scores are ordered by
     a seeded permutation of the gallery, so that a constant feature scores as chance and not by the gallery's order.
     A k beyond the gallery is left out. UsageError for features that are not finite (see `avstore.index.normalised`).
     """
+    if by not in ("cosine", "euclidean"):
+        raise UsageError(f"no distance {by!r}", "there is: cosine, euclidean")
     q, g = normalised(queries, "query features"), normalised(gallery, "gallery features")
+    if by == "euclidean":  # checked above; |q - g|^2 orders as |g|^2 - 2 q g. float64: the squares differ late
+        q, g = np.asarray(queries, np.float64), np.asarray(gallery, np.float64)
     ql, gl = codes(list(query_labels), list(gallery_labels))
     if len(ql) != len(q) or len(gl) != len(g):
         raise UsageError(f"{len(q)} queries with {len(ql)} labels, gallery of {len(g)} with {len(gl)}")
@@ -77,9 +86,13 @@ def rank(
     hits = np.zeros(len(ks))
     ap = rr = 0.0
     unmatched = 0
+    firsts = []
+    squares = (g * g).sum(axis=1) / 2 if by == "euclidean" else None
     step = max(1, BLOCK // len(g))
     for i in range(0, len(q), step):
         scores = q[i : i + step] @ g.T
+        if squares is not None:
+            scores -= squares
         relevant = ql[i : i + step, None] == gl[None]
         if without is not None:
             own = without[i : i + step]
@@ -91,13 +104,15 @@ def rank(
         found = np.take_along_axis(relevant, order, axis=1)
         count = found.sum(axis=1)
         first = np.where(count > 0, found.argmax(axis=1) + 1, 0)
+        firsts.append(first)
         unmatched += int((count == 0).sum())
         hits += [int(((first > 0) & (first <= k)).sum()) for k in ks]
         precision = np.cumsum(found, axis=1) / ranks
         ap += float(((precision * found).sum(axis=1) / np.maximum(count, 1)).sum())
         rr += float((1 / first[first > 0]).sum())
     n = len(q)
-    return Ranking({k: float(h) / n for k, h in zip(ks, hits, strict=True)}, ap / n, rr / n, n, size, unmatched)
+    recall = {k: float(h) / n for k, h in zip(ks, hits, strict=True)}
+    return Ranking(recall, ap / n, rr / n, n, size, unmatched, np.concatenate(firsts))
 
 
 def chance(

@@ -1,207 +1,55 @@
 """Retrieval by example: R@k, mAP and MRR from sight to sight, sound to sound, and across, with controls.
 
-Protocol (methods.md 6.3, declared): embeddings of one centre-cropped clip per second, each L2-normalised, averaged per
-video, normalised again, cosine. Class level: gallery = train split, queries = test split, an item is relevant when its
-label is the query's. Instance level: queries and gallery are the same videos, each looks for its own other modality
-(v-a and a-v only: within a modality a video would find itself).
+Protocol (methods.md 6.3, declared): centre-cropped clips, each L2-normalised, averaged per video, normalised again,
+cosine (`vectors.py`). Class level: gallery = train part, queries = test part of each official split, averaged over
+splits, each split beside (`sides.py`); an item is relevant when its label is the query's. Instance level: queries and
+gallery are the same videos, each looks for its own other modality (v-a and a-v only: within a modality a video would
+find itself).
 
-Controls stand in the same table: chance (exact expectation), encoders of the same shape with random weights, and raw
-pixels, motion and spectrograms (benchmarks.raw). Not here: how ranks are counted (benchmarks.rank).
+What is compared: heads and trunks by the embeddings in the store (one clip a second, or so many of them), blocks by
+several clips of a map, and the protocols of SeLaVi and VCOP, labelled as theirs, with figures published under such
+protocols on request. Controls stand in the same table: chance (exact expectation), encoders of the same shape with
+random weights under every one of these, and raw pixels, motion and spectrograms (`raw.py`).
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from avstore.errors import AvstoreError, NotFoundError, UsageError
-from avstore.index import embedded_runs, read_rows, video_means
-from benchmarks.rank import KS, Ranking, chance, folds, rank
-from benchmarks.raw import BOTH, SIGHT, SOUND, Raw, raw_features
+from avstore.errors import AvstoreError, UsageError, did_you_mean
+from benchmarks.kept import Kept
+from benchmarks.rank import KS
+from benchmarks.rankings import LEVELS, Rankings
+from benchmarks.raw import raw_features
+from benchmarks.sides import Sides, choose_sides, trained_on, unseen, why_unknown
 from benchmarks.table import Table
+from benchmarks.vectors import (
+    ACROSS,
+    BLOCKS,
+    CLIPS,
+    HEADS,
+    PAIRS,
+    TRUNKS,
+    WITHIN,
+    Features,
+    Networks,
+    raw_as_features,
+    run_features,
+    shape_of,
+)
 
 if TYPE_CHECKING:
     from avstore.store import Store
 
-PAIRS = ("v-v", "a-a", "v-a", "a-v")
-ACROSS = ("v-a", "a-v")
-LEVELS = ("class", "instance")
-HEADS = {"v": "video", "a": "audio"}
-TRUNKS = {"v": "video-trunk", "a": "audio-trunk"}
+SHOWN = ("heads", "trunks", *BLOCKS)
+DEFAULT = ("heads", "trunks")
+SUFFIXES = {"heads": "", "trunks": " trunks"}
 
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True, eq=False)
-class Sides:
-    """Video numbers of queries and gallery, int64, and how they were chosen."""
-
-    queries: np.ndarray
-    gallery: np.ndarray
-    description: str
-
-
-@dataclass(frozen=True)
-class Features:
-    """Vectors by modality ('v', 'a') for the videos `numbers` by modality; `centre`: take the gallery's mean off."""
-
-    vectors: dict[str, np.ndarray]
-    numbers: dict[str, np.ndarray]
-    centre: bool = False
-
-    def of(self, modality: str, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(vectors, numbers) of those of `wanted` that have the modality."""
-        have = self.numbers[modality]
-        order = np.argsort(have, kind="stable")
-        at = np.searchsorted(have[order], wanted)
-        found = (at < len(have)) & (
-            have[order][np.minimum(at, max(0, len(have) - 1))] == wanted if len(have) else False
-        )
-        rows = order[at[found]]
-        return self.vectors[modality][rows], wanted[found]
-
-
-@dataclass
-class _Results:
-    """Rankings by (features, level, pair), one for each run, seed and fold."""
-
-    rankings: dict[tuple[str, str, str], list[Ranking]] = field(default_factory=dict)
-    cases: dict[str, set[str]] = field(default_factory=dict)
-
-    def add(self, name: str, level: str, pair: str, ranking: Ranking, case: str) -> None:
-        self.rankings.setdefault((name, level, pair), []).append(ranking)
-        self.cases.setdefault(name, set()).add(case)
-
-
-def choose_sides(
-    store: Store,
-    *,
-    gallery: Sequence[str] = (),
-    queries: Sequence[str] = (),
-    fold_count: int | None = None,
-    fold_seed: int = 0,
-    label: str = "label",
-    **selection: Any,
-) -> list[Sides]:
-    """Queries and gallery: the conditions given; else `fold_count` stratified folds of the selection (each in turn the
-    queries, the rest the gallery); else test and train split. UsageError where the store has no such splits."""
-    if fold_count is not None:
-        if gallery or queries:
-            raise UsageError("--folds with --gallery or --queries", "folds are made of one selection", "use --where")
-        numbers = store.select(**selection).numbers
-        which = folds([store.key(int(n)) for n in numbers], store.column(label, numbers), fold_count, fold_seed)
-        return [
-            Sides(numbers[which == f], numbers[which != f], f"fold {f} of {fold_count}, seed {fold_seed}")
-            for f in range(fold_count)
-        ]
-    where = list(selection.pop("where", ()))
-    if not gallery and not queries:
-        splits = {str(s) for s in store.column("split") if s is not None} if "split" in store.columns else set()
-        train, test = splits & {"train", "training"}, splits & {"test", "testing"}
-        if not train or not test:
-            raise UsageError(
-                f"{store.path} has no train and test split",
-                f"its splits: {', '.join(sorted(splits)) or 'none'}",
-                "--gallery COLUMN=VALUE --queries COLUMN=VALUE, or --folds 5",
-            )
-        gallery, queries = [f"split={','.join(sorted(train))}"], [f"split={','.join(sorted(test))}"]
-    if not gallery or not queries:
-        raise UsageError("--gallery and --queries go together", "one of them is missing", "or leave both: splits")
-    g = store.select(where=[*where, *gallery], **selection).numbers
-    q = store.select(where=[*where, *queries], **selection).numbers
-    both = np.intersect1d(g, q)
-    if len(both):
-        raise UsageError(
-            f"{len(both)} videos are both query and gallery",
-            f"e.g. {store.key(int(both[0]))}: each would find itself",
-            "make --gallery and --queries disjoint",
-        )
-    return [Sides(q, g, f"queries {' '.join(queries)}, gallery {' '.join(gallery)}")]
-
-
-def run_features(store: Store, run: str) -> dict[str, Features]:
-    """`run` (heads) and `run trunks` from the embeddings in the store."""
-    towers = embedded_runs(store)[run]
-    out = {}
-    for suffix, names in (("", HEADS), (" trunks", TRUNKS)):
-        there = {m: t for m, t in names.items() if t in towers}
-        if there:
-            means = {m: video_means(store, read_rows(store, run, t)) for m, t in there.items()}
-            out[suffix] = Features({m: v for m, (v, _) in means.items()}, {m: n for m, (_, n) in means.items()})
-    if not out:
-        raise NotFoundError(
-            f"run {run} has no video or audio embeddings in {store.path}",
-            f"it has {', '.join(towers)}",
-            f"avstore embed RUN {store.path}",
-        )
-    return out
-
-
-def score(
-    results: _Results,
-    name: str,
-    features: Features,
-    sides: Sides,
-    labels: dict[int, str],
-    levels: Sequence[str],
-    pairs: Sequence[str],
-    case: str,
-    ks: Sequence[int],
-) -> None:
-    """Ranks one kind of features and adds what comes out."""
-    for pair in pairs:
-        q, g = pair.split("-")
-        if q not in features.vectors or g not in features.vectors:
-            continue
-        for level in levels:
-            if level == "instance" and pair not in ACROSS:
-                continue
-            against = sides.gallery if level == "class" else sides.queries
-            qv, qn = features.of(q, sides.queries)
-            gv, gn = features.of(g, against)
-            if not len(qn) or not len(gn):
-                continue
-            if features.centre:
-                reference = {m: features.of(m, sides.gallery)[0] for m in {q, g}}
-                if any(len(r) < 2 for r in reference.values()):
-                    continue
-                qv, gv = qv - reference[q].mean(axis=0), gv - reference[g].mean(axis=0)
-                qv, gv = _never_zero(qv), _never_zero(gv)
-            ql = [labels[int(n)] for n in qn] if level == "class" else qn.tolist()
-            gl = [labels[int(n)] for n in gn] if level == "class" else gn.tolist()
-            results.add(name, level, pair, rank(qv, gv, ql, gl, ks=ks), case)
-
-
-def _never_zero(x: np.ndarray) -> np.ndarray:
-    """Raw features of a black or silent clip may be all equal: such rows get a direction of their own, the same for
-    all, instead of failing the bench."""
-    x = np.concatenate([x, np.zeros((len(x), 1), x.dtype)], axis=1)
-    x[np.abs(x).max(axis=1) < 1e-12, -1] = 1.0
-    return x
-
-
-def raw_as_features(raw: Raw) -> dict[str, tuple[Features, tuple[str, ...]]]:
-    """Name -> (features, pairs) of the raw controls."""
-    out: dict[str, tuple[Features, tuple[str, ...]]] = {}
-    for names, modality in ((SIGHT, "v"), (SOUND, "a")):
-        for name in names:
-            if name in raw.features:
-                f = Features({modality: raw.features[name]}, {modality: raw.numbers[name]}, centre=True)
-                out[name] = (f, (f"{modality}-{modality}",))
-    if f"{BOTH}:v" in raw.features:
-        parts = {m: f"{BOTH}:{m}" for m in ("v", "a")}
-        out[BOTH] = (
-            Features(
-                {m: raw.features[p] for m, p in parts.items()}, {m: raw.numbers[p] for m, p in parts.items()}, True
-            ),
-            ACROSS,
-        )
-    return out
 
 
 def retrieval(
@@ -214,108 +62,204 @@ def retrieval(
     queries: Sequence[str] = (),
     fold_count: int | None = None,
     fold_seed: int = 0,
+    split_columns: Sequence[str] = (),
     seeds: int = 1,
     raw: bool = True,
     each: bool = False,
     ks: Sequence[int] = KS,
     run_paths: dict[str, Path] | None = None,
+    shown: Sequence[str] = DEFAULT,
+    clips: int | None = None,
+    protocols: Sequence[str] = (),
+    checkpoints: Sequence[str | int] = (),
+    published: str | None = None,
+    work: Path | None = None,
+    device: str = "auto",
     progress: Progress = lambda stage, done, total: None,
     **selection: Any,
 ) -> Table:
-    """The table of retrieval for runs that have embeddings in the store.
+    """The table of retrieval for runs that have embeddings in the store, or, with `checkpoints`, for their networks.
 
-    Runs of one method are one row, mean and spread (standard deviation) over them, unless `each`. With `fold_count`
-    every run is asked those folds that it was not trained on, by its snapshot. `seeds`: random-weight encoders per
-    configuration, 0 for none. `run_paths`: where the runs' folders are (default: runs/<name>).
+    Runs of one method are one row, mean and spread (standard deviation) over them, unless `each` or they differ in more
+    than their seed. With `fold_count`, and with several official splits, every run is asked those that it was not
+    trained on, by its snapshot. `seeds`: random-weight encoders per configuration, 0 for none. `run_paths`: where the
+    runs' folders are (default: runs/<name>). shown: heads, trunks, conv2x ... conv5x. clips: of a video, evenly spaced
+    (default: every second for heads and trunks, 10 for blocks). protocols: also under these published ones. published:
+    the set whose published figures are printed. work: a folder in which computed vectors are kept.
     """
-    levels = tuple(dict.fromkeys(levels))
+    levels, shown = tuple(dict.fromkeys(levels)), tuple(dict.fromkeys(shown))
+    _require(levels, shown, protocols, seeds, clips)
+    given: list[dict[str, Any]] = []
+    if published is not None:
+        from benchmarks.protocols import published_rows
+
+        given = published_rows(published)
+    all_sides = choose_sides(
+        store, gallery=gallery, queries=queries, fold_count=fold_count, fold_seed=fold_seed,
+        split_columns=split_columns, label=label, **selection,
+    )  # fmt: skip
+    everyone = np.unique(np.concatenate([np.concatenate([s.queries, s.gallery]) for s in all_sides]))
+    labels = _labels(store, label, everyone, "class" in levels)
+    results, notes, kept = Rankings(), list[str](), Kept(work)
+    used: set[int] = set()
+    paths = {run: (run_paths or {}).get(run, Path("runs") / run) for run in runs}
+    names = _names(store, paths, each)
+    kinds: dict[str, list[str]] = {}  # rows that are compared: of one suffix, at the last checkpoint
+    for run, path in paths.items():
+        trained = trained_on(path, store)
+        mine, leaking = unseen(all_sides, trained)
+        if leaking:
+            notes.append(f"{run} was trained on {leaking} of the queries")
+        elif len(mine) < len(all_sides) and fold_count is None:
+            notes.append(f"{run} is asked {'; '.join(s.description for s in mine)} alone: it was trained on queries of "
+                         "the others")  # fmt: skip
+        if trained is None:
+            notes.append(f"{run}: {why_unknown(path, store)}")
+        used |= {i for i, s in enumerate(all_sides) if s in mine}
+        for step, suffix, features in _of_run(store, run, path, everyone, shown, clips, protocols, checkpoints, kept,
+                                              device, progress):  # fmt: skip
+            name = names[run] + suffix + ("" if step is None else f" step {step[0]}")
+            if step is not None:
+                results.extra[name] = {"step": step[0], "epoch": step[1], "of run": names[run] + suffix}
+            mates = kinds.setdefault(suffix, [])
+            if name not in mates and (step is None or checkpoints[-1] in ("latest", step[0])):
+                mates.append(name)
+            for sides in mine:
+                pairs = ("v-v",) if suffix.startswith(" as ") else PAIRS if not suffix else WITHIN
+                its = ("class",) if suffix.startswith(" as ") else levels
+                results.score(name, features, sides, labels, its, pairs, ks)
+                notes += _left_out(store, name, features, sides)
+    asked = [s for i, s in enumerate(all_sides) if i in used] or all_sides
+    random_encoders(
+        results, store, paths, everyone, asked, labels, levels, seeds, ks, progress, notes,
+        shown=shown, clips=clips, protocols=protocols, kept=kept, device=device,
+    )  # fmt: skip
+    if raw:
+        found = raw_features(store, everyone, lambda done, total: progress("raw controls", done, total))
+        for name, (features, its_pairs) in raw_as_features(found).items():
+            for sides in asked:
+                results.score(name, features, sides, labels, levels, its_pairs, ks)
+    for sides in asked:
+        results.add_chance(store, sides, labels, levels, ks)
+    notes += _declared(store, shown, clips, protocols, published)
+    return results.table(store, levels, label, asked, notes, ks, given, list(kinds.values()))
+
+
+def _require(
+    levels: Sequence[str], shown: Sequence[str], protocols: Sequence[str], seeds: int, clips: int | None
+) -> None:
     for level in levels:
         if level not in LEVELS:
             raise UsageError(f"no level {level!r}", f"there is: {', '.join(LEVELS)}")
     if seeds < 0:
         raise UsageError(f"{seeds} seeds", "0 or more")
-    all_sides = choose_sides(
-        store, gallery=gallery, queries=queries, fold_count=fold_count, fold_seed=fold_seed, label=label, **selection
-    )
-    everyone = np.unique(np.concatenate([np.concatenate([s.queries, s.gallery]) for s in all_sides]))
-    values = store.column(label, everyone)
+    if clips is not None and clips < 1:
+        raise UsageError(f"{clips} clips", "at least one of each video")
+    for block in shown:
+        if block not in SHOWN:
+            raise UsageError(f"no block {block!r}", did_you_mean(block, SHOWN), f"one of {', '.join(SHOWN)}")
+    if not shown and not protocols:
+        raise UsageError("nothing to compare", "no block and no protocol is named", f"one of {', '.join(SHOWN)}")
+    if protocols:
+        from benchmarks.protocols import protocol
+
+        for name in protocols:
+            protocol(name)
+
+
+def _labels(store: Store, label: str, everyone: np.ndarray, needed: bool) -> dict[int, str]:
+    values = store.column(label, everyone) if needed or label in store.columns else [None] * len(everyone)
     empty = [int(n) for n, v in zip(everyone, values, strict=True) if v in (None, "")]
-    if empty and "class" in levels:
+    if empty and needed:
         raise UsageError(
             f"{len(empty)} of {len(everyone)} videos have no {label}",
             f"e.g. {store.key(empty[0])}",
             f"--where {label}!= leaves them out; --label names another column; --instance needs none",
         )
-    labels = {int(n): str(v) for n, v in zip(everyone, values, strict=True)}
-    results, notes = _Results(), list[str]()
-    used: set[int] = set()
-    for run in runs:
-        path = (run_paths or {}).get(run, Path("runs") / run)
-        trained = trained_on(path, store)
-        method = method_of(store, run)
-        mine, leaking = unseen(all_sides, trained)
-        if leaking:
-            notes.append(f"{run} was trained on {leaking} of the queries")
-        if trained is None:
-            notes.append(f"{run}: {_why_unknown(path, store)}")
-        used |= {i for i, s in enumerate(all_sides) if s in mine}
-        for suffix, features in run_features(store, run).items():
-            for i, sides in enumerate(mine):
-                progress(run, i + 1, len(mine))
-                name = (run if each or method is None else method) + suffix
-                pairs: tuple[str, ...] = PAIRS if not suffix else ("v-v", "a-a")
-                score(results, name, features, sides, labels, levels, pairs, f"{run}/{sides.description}", ks)
-                notes += _left_out(store, name, features, sides)
-    asked = [s for i, s in enumerate(all_sides) if i in used] or all_sides
-    random_encoders(results, store, runs, run_paths or {}, everyone, asked, labels, levels, seeds, ks, progress, notes)
-    if raw:
-        found = raw_features(store, everyone, lambda done, total: progress("raw controls", done, total))
-        for name, (features, its_pairs) in raw_as_features(found).items():
-            for sides in asked:
-                score(results, name, features, sides, labels, levels, its_pairs, sides.description, ks)
-    for sides in asked:
-        add_chance(results, store, sides, labels, levels, ks)
-    return as_table(store, results, levels, label, asked, notes, ks)
+    return {int(n): str(v) for n, v in zip(everyone, values, strict=True)}
 
 
-def add_chance(
-    results: _Results, store: Store, sides: Sides, labels: dict[int, str], levels: Sequence[str], ks: Sequence[int]
-) -> None:
-    """What a random order would give, for the videos that have what a pair needs."""
-    have = {"v": store.has_picture, "a": store.has_sound}
-    for level in levels:
-        for pair in PAIRS if level == "class" else ACROSS:
-            q, g = pair.split("-")
-            qn = sides.queries[have[q][sides.queries]]
-            against = sides.gallery if level == "class" else sides.queries
-            gn = against[have[g][against]]
-            if len(qn) and len(gn):
-                ql = [labels[int(n)] for n in qn] if level == "class" else qn.tolist()
-                gl = [labels[int(n)] for n in gn] if level == "class" else gn.tolist()
-                results.add("chance", level, pair, chance(ql, gl, ks=ks), sides.description)
-
-
-def trained_on(path: Path, store: Store) -> np.ndarray | None:
-    """Numbers of the videos that a run was trained on; None where its folder is not to be found, or is of another
-    store."""
+def _names(store: Store, paths: dict[str, Path], each: bool) -> dict[str, str]:
+    """What each run's rows are called: see `probing.names`; where folders are not there, by the embeddings' lineage."""
+    from benchmarks.probing import names
     from trainers.run import Run
 
+    if each:
+        return {run: run for run in paths}
     try:
-        snapshot = Run(path).snapshot
+        opened = [Run(path) for path in paths.values()]
+        return dict(zip(paths, names(opened), strict=True))
     except AvstoreError:
-        return None
-    return snapshot.numbers if snapshot.fingerprint == store.fingerprint else None
+        return {run: method_of(store, run) or run for run in paths}
 
 
-def _why_unknown(path: Path, store: Store) -> str:
-    """Why `trained_on` does not know."""
+def _of_run(
+    store: Store,
+    run: str,
+    path: Path,
+    everyone: np.ndarray,
+    shown: Sequence[str],
+    clips: int | None,
+    protocols: Sequence[str],
+    checkpoints: Sequence[str | int],
+    kept: Kept,
+    device: str,
+    progress: Progress,
+) -> Iterator[tuple[tuple[int, float] | None, str, Features]]:
+    """((step, epoch) of a checkpoint or None, suffix of the row's name, features)."""
+    towers = [s for s in SUFFIXES if s in shown]
+    if not checkpoints and towers:
+        found = run_features(store, run, clips)
+        yield from ((None, SUFFIXES[s], found[SUFFIXES[s]]) for s in towers if SUFFIXES[s] in found)
+    if not checkpoints and len(towers) == len(shown) and not protocols:
+        return
+    from benchmarks.curve import place_of
     from trainers.run import Run
 
-    try:
-        there = Run(path).snapshot.store
-    except AvstoreError:
-        return f"its folder is not at {path}, so what it was trained on is unknown"
-    return f"trained on another store, {Path(there).name}; whether these videos were in it is not known"
+    opened = Run(path)
+    for i, which in enumerate(checkpoints or ("latest",)):
+        step = place_of(opened, which) if checkpoints else None
+        networks = Networks(opened, store, everyone, which, device=device, kept=kept)
+        progress(f"{run}{'' if step is None else f' step {step[0]}'}", i, len(checkpoints) or 1)
+        for suffix, features in _computed(networks, shown if checkpoints else [s for s in shown if s in BLOCKS], clips,
+                                          protocols, progress):  # fmt: skip
+            yield step, suffix, features
+
+
+def _computed(
+    networks: Networks, shown: Sequence[str], clips: int | None, protocols: Sequence[str], progress: Progress
+) -> Iterator[tuple[str, Features]]:
+    def say(what: str) -> Callable[[int, int], None]:
+        return lambda done, total: progress(what, done, total)
+
+    towers = [s for s in SUFFIXES if s in shown]
+    if towers:
+        found = networks.towers(clips)
+        yield from ((SUFFIXES[s], found[SUFFIXES[s]]) for s in towers if SUFFIXES[s] in found)
+    for block in (b for b in BLOCKS if b in shown):
+        yield f" {block}", networks.block(block, clips or CLIPS, say(block))
+    for name in protocols:
+        yield f" as {name}", networks.protocol(name, say(f"as {name}"))
+
+
+def _declared(
+    store: Store, shown: Sequence[str], clips: int | None, protocols: Sequence[str], published: str | None
+) -> list[str]:
+    """How what is compared was made, a line for each kind."""
+    out = []
+    if clips is not None and set(shown) & set(SUFFIXES):
+        out.append(f"heads and trunks: {clips} evenly spaced seconds of a video's embeddings, all where it has fewer")
+    if set(shown) & set(BLOCKS):
+        out.append(f"blocks: maps averaged over time and space, {clips or CLIPS} evenly spaced clips of a video, each "
+                   "to unit length, mean, unit length; sound tiled over its end")  # fmt: skip
+    if protocols:
+        from benchmarks.protocols import protocol, what_differs
+
+        out += [what_differs(protocol(name), store) for name in protocols]
+    if published is not None:
+        out.append(f"published: theirs, {published} split 1 in full, their pre-training; not measured here. unchecked: "
+                   "as remembered in the notes that this project began with")  # fmt: skip
+    return out
 
 
 def _left_out(store: Store, name: str, features: Features, sides: Sides) -> list[str]:
@@ -345,20 +289,10 @@ def method_of(store: Store, run: str) -> str | None:
     return None
 
 
-def unseen(all_sides: list[Sides], trained: np.ndarray | None) -> tuple[list[Sides], int]:
-    """The sides whose queries a run has not been trained on; where there are none, all, and how many it has seen."""
-    if trained is None:
-        return all_sides, 0
-    seen = [int(np.isin(s.queries, trained).sum()) for s in all_sides]
-    fresh = [s for s, n in zip(all_sides, seen, strict=True) if not n]
-    return (fresh, 0) if fresh else (all_sides, sum(seen))
-
-
 def random_encoders(
-    results: _Results,
+    results: Rankings,
     store: Store,
-    runs: Sequence[str],
-    run_paths: dict[str, Path],
+    paths: dict[str, Path],
     everyone: np.ndarray,
     asked: list[Sides],
     labels: dict[int, str],
@@ -367,23 +301,24 @@ def random_encoders(
     ks: Sequence[int],
     progress: Progress,
     notes: list[str],
+    *,
+    shown: Sequence[str] = DEFAULT,
+    clips: int | None = None,
+    protocols: Sequence[str] = (),
+    kept: Kept | None = None,
+    device: str = "auto",
 ) -> None:
     """Encoders of the runs' shape with random weights, `seeds` of them for each different kind of network and clip:
     equal ones twice would look like a spread of 0."""
     if not seeds:
         return
-    from benchmarks.blocks import with_weights
-    from benchmarks.finetune import weights_digest
-    from trainers.embed import embed_random
-    from trainers.fit import needs_of
     from trainers.run import Run
 
     done: set[str] = set()
-    for run in runs:
+    for run, path in paths.items():
         try:
-            opened = Run(run_paths.get(run, Path("runs") / run))
-            needs = dataclasses.replace(needs_of(opened.config), labels=False, max_offset=0.0, copies=1)
-            shape = f"{weights_digest(with_weights(opened, 'random', 0))} {needs}"
+            opened = Run(path)
+            shape = shape_of(opened)
         except AvstoreError:
             notes.append(f"no random-weight control for {run}: its folder is not there")
             continue
@@ -392,65 +327,15 @@ def random_encoders(
         done.add(shape)
         for seed in range(seeds):
             progress(f"random weights, seed {seed}", seed, seeds)
-            found = embed_random(opened, store, everyone, seed=seed)
-            for suffix, names in (("", HEADS), (" trunks", TRUNKS)):
-                there = {m: found[t] for m, t in names.items() if t in found}
-                features = Features({m: v for m, (v, _) in there.items()}, {m: n for m, (_, n) in there.items()})
+            networks = Networks(opened, store, everyone, "random", seed=seed, device=device, kept=kept)
+            for suffix, features in _computed(networks, shown, clips, protocols, progress):
+                theirs = suffix.startswith(" as ")
                 for sides in asked:
-                    pairs: tuple[str, ...] = PAIRS if not suffix else ("v-v", "a-a")
-                    name = f"random weights{suffix}"
-                    score(
-                        results, name, features, sides, labels, levels, pairs, f"{run}/{seed}/{sides.description}", ks
-                    )
+                    pairs = ("v-v",) if theirs else PAIRS if not suffix else WITHIN
+                    its = ("class",) if theirs else levels
+                    results.score(f"random weights{suffix}", features, sides, labels, its, pairs, ks)
 
 
-def as_table(
-    store: Store,
-    results: _Results,
-    levels: Sequence[str],
-    label: str,
-    asked: list[Sides],
-    notes: list[str],
-    ks: Sequence[int],
-) -> Table:
-    """Rows in the order: level, pair, features as they were added, chance last."""
-    rows = []
-    smallest = {}
-    for level in levels:
-        for pair in PAIRS:
-            for (name, of_level, of_pair), found in results.rankings.items():
-                if (of_level, of_pair) != (level, pair):
-                    continue
-                each = [r.values() for r in found]
-                shared = [k for k in each[0] if all(k in e for e in each)]
-                mean = {k: float(np.mean([e[k] for e in each])) for k in shared}
-                spread = {k: float(np.std([e[k] for e in each], ddof=1)) for k in shared} if len(each) > 1 else None
-                unmatched = sum(r.unmatched for r in found)
-                if unmatched:
-                    smallest[f"{level} {pair}"] = unmatched
-                rows.append(
-                    {
-                        "level": level,
-                        "pair": pair,
-                        "features": name,
-                        **mean,
-                        "sd R@1": spread["R@1"] if spread and "R@1" in spread else None,
-                        "sd": spread,
-                        "queries": found[0].queries if len({r.queries for r in found}) == 1 else
-                        f"{min(r.queries for r in found)}-{max(r.queries for r in found)}",
-                        "gallery": found[0].gallery if len({r.gallery for r in found}) == 1 else
-                        f"{min(r.gallery for r in found)}-{max(r.gallery for r in found)}",
-                        "of": len(found),
-                    }
-                )  # fmt: skip
-    names = [f"R@{k}" for k in ks if any(f"R@{k}" in r for r in rows)]
-    columns = ("level", "pair", "features", *names, "mAP", "MRR", "sd R@1", "queries", "gallery", "of")
-    counts = ", ".join(f"{s.description}: {len(s.queries)} queries, gallery {len(s.gallery)}" for s in asked[:3])
-    told = [
-        f"class = {label}; {counts}{', ...' if len(asked) > 3 else ''}",
-        "R@k: share of queries with a relevant item among the k nearest. instance: the query's own other modality among"
-        " all queries' videos. sd: over `of` runs, seeds or folds. chance: exact expectation of a random order",
-        *(f"{n} queries have no relevant item in the gallery ({w}): they count as misses" for w, n in smallest.items()),
-        *dict.fromkeys(notes),
-    ]
-    return Table(f"retrieval in {store.path}", columns, rows, tuple(told))
+__all__ = ["ACROSS", "BLOCKS", "DEFAULT", "HEADS", "LEVELS", "PAIRS", "SHOWN", "TRUNKS", "Features", "Sides",
+           "choose_sides", "method_of", "random_encoders", "raw_as_features", "retrieval", "run_features", "trained_on",
+           "unseen"]  # fmt: skip

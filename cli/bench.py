@@ -30,6 +30,35 @@ def retrieval(
         int | None, typer.Option(help="Stratified folds by --label: each is the queries once, the rest the gallery.")
     ] = None,
     fold_seed: Annotated[int, typer.Option(help="Of the folds, as in train --fold-seed.")] = 0,
+    split: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="COLUMN", help="An official split, repeatable. Default: split1, ... averaged, else split."
+        ),
+    ] = None,
+    block: Annotated[
+        list[str] | None,
+        typer.Option(help="heads, trunks, conv2x ... conv5x, repeatable. Default: heads and trunks."),
+    ] = None,
+    clips: Annotated[
+        int | None, typer.Option(help="Of each video, evenly spaced. Default: every second; for blocks 10.")
+    ] = None,
+    as_: Annotated[
+        list[str] | None,
+        typer.Option("--as", metavar="PROTOCOL", help="Also as published: SeLaVi, VCOP; repeatable."),
+    ] = None,
+    published: Annotated[str | None, typer.Option(help="UCF101 or HMDB51: the papers' figures beside.")] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="latest, or a step: the run's networks, not the store's embeddings.")
+    ] = None,
+    all_checkpoints: Annotated[
+        bool, typer.Option("--all-checkpoints", help="A row for each kept checkpoint, and a drawing of the value.")
+    ] = False,
+    curve: Annotated[Path | None, typer.Option(metavar="FILE", help="Where --all-checkpoints draws, an SVG.")] = None,
+    work: Annotated[
+        Path | None, typer.Option(help="A folder in which what networks gave is kept: repeating goes on from there.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     where: Annotated[list[str] | None, typer.Option(help="column=value[,value], for both sides; repeatable.")] = None,
     list_: Annotated[Path | None, typer.Option("--list", metavar="FILE", help="Keys, one a line.")] = None,
     subset: Annotated[int | None, typer.Option(help="With --folds: a seeded draw of so many videos.")] = None,
@@ -46,16 +75,40 @@ def retrieval(
     """R@k, mAP and MRR: video-video, audio-audio, video-audio, audio-video, with their controls."""
     from avstore.errors import UsageError
     from avstore.index import choose_run
-    from benchmarks.retrieval import LEVELS
+    from benchmarks.retrieval import DEFAULT, LEVELS
     from benchmarks.retrieval import retrieval as measure
 
+    if checkpoint is not None and all_checkpoints:
+        raise UsageError("--checkpoint with --all-checkpoints", "one, or all", "leave one away")
+    if curve is not None and not all_checkpoints:
+        raise UsageError("--curve without --all-checkpoints", "a curve is drawn over checkpoints", "--all-checkpoints")
+    if html is not None and (checkpoint is not None or all_checkpoints):
+        raise UsageError("--html with checkpoints", "its examples are of embeddings in the store", "embed the run")
     if subset is not None and folds is None:
         raise UsageError("--subset without --folds", "it thins out queries and gallery alike", "use --list or --where")
     if html is not None and folds is not None:
         raise UsageError("--html with --folds", "examples are of one set of queries", "--queries and --gallery")
     opened = open_store(store)
-    names = [choose_run(opened, r) for r in run] if run else [choose_run(opened, None)]
-    folders = {name: Path(r) if "/" in r else Path("runs") / r for name, r in zip(names, run or names, strict=True)}
+    which: list[str | int] = []
+    if checkpoint is not None or all_checkpoints:
+        from benchmarks.curve import common_steps
+        from trainers.run import find_run
+
+        if not run:
+            raise UsageError(
+                "no run is named", "checkpoints are of a run's networks", "--run runs/avid-cma; repeatable"
+            )
+        found = {r.name: r for r in map(find_run, run)}
+        names, folders = list(found), {name: r.path for name, r in found.items()}
+        which = common_steps(list(found.values())) if all_checkpoints else [number(str(checkpoint))]
+    elif block and not {"heads", "trunks"} & set(block) and run:  # nothing is read from the store's embeddings
+        from trainers.run import find_run
+
+        found = {r.name: r for r in map(find_run, run)}
+        names, folders = list(found), {name: r.path for name, r in found.items()}
+    else:
+        names = [choose_run(opened, r) for r in run] if run else [choose_run(opened, None)]
+        folders = {name: Path(r) if "/" in r else Path("runs") / r for name, r in zip(names, run or names, strict=True)}
     levels = tuple(lv for lv, on in zip(LEVELS, (class_level, instance_level), strict=True) if on) or LEVELS
     with console.Progress("retrieval", "steps") as progress:
 
@@ -76,9 +129,21 @@ def retrieval(
             raw=not no_raw,
             each=each,
             run_paths=folders,
+            split_columns=split or (),
+            shown=block or DEFAULT,
+            clips=clips,
+            protocols=as_ or (),
+            checkpoints=which,
+            published=published,
+            work=work,
+            device=device,
             progress=show,
             **selection(where, list_, subset, seed),
         )
+    if all_checkpoints:
+        from benchmarks.curve import draw
+
+        say_drawn(draw(table, "R@1", curve or Path("retrieval-checkpoints.svg")))
     if html is not None:
         from avstore.durable import write_atomic
         from benchmarks import page
@@ -86,6 +151,7 @@ def retrieval(
 
         shown = list(dict.fromkeys(names))
         sides: dict[str, Any] = {"gallery": gallery or (), "queries": queries or (), **selection(where, list_, None, 0)}
+        sides |= {"split_columns": split} if split else {}
         parts = [s for n in shown for s in sheet(opened, n, label=label, **sides)]
         parts.insert(0, page.section("Results", page.table(table)))
         text = page.page("Retrieval by example", f"{', '.join(shown)} in {opened.path.name}", parts, menu=True)
@@ -97,6 +163,15 @@ def retrieval(
         console.data(table.to_markdown().rstrip())
     else:
         console.table(table)
+
+
+def number(checkpoint: str) -> str | int:
+    """latest, or a step as a number."""
+    return int(checkpoint) if checkpoint.isdigit() else checkpoint
+
+
+def say_drawn(file: Path) -> None:
+    console.say(f"wrote {file} ({console.size(file.stat().st_size)})")
 
 
 def loader(

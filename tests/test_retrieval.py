@@ -18,9 +18,13 @@ from avstore.store import Store
 from benchmarks.raw import raw_features, shrunk
 from benchmarks.retrieval import choose_sides, retrieval, trained_on, unseen
 from benchmarks.table import Table
+from cli.main import invoke
+from tests.test_splits import MoreColumns, column
 from tests.tiny_run import config, store_in
 from tests.tiny_store import Tiny, default_spec, make_store
+from trainers import embed
 from trainers.loop import train
+from trainers.run import Run
 
 LABELS = ["cat", "dog", "owl"]
 
@@ -225,3 +229,105 @@ def test_equal_random_networks_count_once_and_other_stores_are_named(tmp_path: P
     assert "a: trained on another store, tiny.zarr; whether these videos were in it is not known" in notes
     notes = retrieval(other, ["a"], seeds=0, raw=False, levels=["class"]).notes
     assert [n for n in notes if n.startswith("a: its folder is not at")]
+
+
+class Splits(MoreColumns):
+    """The store with three official splits in place of its own: every third video asks, from the i-th on."""
+
+    def __init__(self, store: Store) -> None:
+        super().__init__(store, {f"split{i + 1}": column(test=set(range(i, 18, 3)), n=18) for i in range(3)})
+
+
+def test_official_splits_are_averaged_and_each_is_shown(store: Store) -> None:
+    planted(store, "r", noise=2.0)
+    splits = Splits(store)
+    every = retrieval(splits, ["r"], seeds=0, raw=False, levels=["class"])
+    assert cell(every, "class", "v-v", "avid", "of") == 3
+    alone = [cell(retrieval(splits, ["r"], seeds=0, raw=False, levels=["class"], split_columns=[f"split{i}"]),
+                  "class", "v-v", "avid", "R@1") for i in (1, 2, 3)]  # fmt: skip
+    assert cell(every, "class", "v-v", "avid", "R@1") == pytest.approx(np.mean(alone))
+    assert cell(every, "class", "v-v", "avid", "sd R@1") == pytest.approx(np.std(alone, ddof=1))
+    assert cell(every, "class", "v-v", "avid", "R@1 of parts") == tuple(round(v, 3) for v in alone)
+    assert "R@1 of parts" in every.columns and "split2: queries test, gallery train" in every.notes[0]
+    with pytest.raises(UsageError, match="--folds with --split"):
+        retrieval(splits, ["r"], split_columns=["split1"], fold_count=2)
+
+
+def test_two_runs_are_tested_over_splits_or_queries(store: Store) -> None:
+    planted(store, "good", method="avid")
+    planted(store, "bad", noise=30.0, seed=1, method="avcl")
+    notes = retrieval(Splits(store), ["good", "bad"], seeds=0, raw=False, levels=["class"]).notes
+    (line,) = [n for n in notes if n.startswith("class v-v, R@1: avid - avcl")]
+    assert "over 3 splits; sign-flip p 0.25" in line  # 2 / 2^3: what three splits can give at best
+    table = retrieval(store, ["good", "bad"], seeds=0, raw=False, levels=["class"])
+    (line,) = [n for n in table.notes if n.startswith("class v-v, R@1: avid - avcl")]
+    a, b = (cell(table, "class", "v-v", m, "R@1") for m in ("avid", "avcl"))
+    assert f"{a - b:+.3f}" in line and "over 6 queries" in line and "says nothing of other seeds" in line
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, Path]:
+    folder = tmp_path_factory.mktemp("retrieval")
+    store = store_in(folder, codec="jpeg")
+    return store, train("avid", store, config("steps=1"), folder / "runs" / "mine").run.path
+
+
+def test_blocks_and_protocols_are_kept(
+    trained: tuple[Store, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, run = trained
+    base = ["bench", "retrieval", str(store.path), "--run", str(run), "--block", "conv3x", "--block", "conv5x",
+            "--as", "VCOP", "--as", "SeLaVi", "--clips", "2", "--no-raw", "--published", "HMDB51", "--json",
+            "--work", str(tmp_path / "work")]  # fmt: skip
+    assert invoke(base) == 0, capsys.readouterr().err
+    table = json.loads(capsys.readouterr().out)
+    rows = {(r["pair"], r["features"]) for r in table["rows"] if r["level"] == "class"}
+    for name in ("avid", "random weights"):
+        assert {("v-v", f"{name} conv3x"), ("a-a", f"{name} conv5x"), ("v-v", f"{name} as VCOP")} <= rows
+        assert ("a-a", f"{name} as SeLaVi") not in rows  # it is of sight
+    assert ("v-v", "published: IIC, repeat") in rows and ("v-v", "avid") not in rows
+    told = "\n".join(table["notes"])
+    assert "2 evenly spaced clips" in told and "as SeLaVi: 32 frames at 16 fps" in told and "published: theirs" in told
+    kept = len(list((tmp_path / "work").glob("*.npz")))
+    assert kept == 12  # two networks, each: two blocks of two modalities, two protocols
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr("benchmarks.blocks.picture_blocks", never)
+    monkeypatch.setattr("benchmarks.blocks.sound_blocks", never)
+    assert invoke(base) == 0
+    assert json.loads(capsys.readouterr().out) == table
+    assert invoke([*base, "--seeds", "2"]) != 0  # another network is not there yet
+
+
+def test_a_checkpoint_s_heads_are_what_embed_writes(trained: tuple[Store, Path]) -> None:
+    store, path = trained
+    run = Run(path)
+    embed.embed(run, store, name="written")
+    written = retrieval(store, ["written"], seeds=0, raw=False, run_paths={"written": path})
+    computed = retrieval(store, ["mine"], seeds=0, raw=False, run_paths={"mine": path}, checkpoints=["latest"])
+    a = {(r["level"], r["pair"], r["features"]): r["mAP"] for r in written.rows}
+    b = {(r["level"], r["pair"], r["features"].replace(" step 1", "")): r["mAP"] for r in computed.rows}
+    assert a.keys() == b.keys() and a == pytest.approx(b, abs=2e-3)  # float16 in the store
+
+
+@pytest.mark.parametrize(("words", "told"), [
+    (["--block", "conv6x"], "no block"),
+    (["--as", "IIC"], "no protocol"),
+    (["--published", "ESC-50"], "no published figures"),
+    (["--clips", "0"], "0 clips"),
+    (["--split", "split7"], "no column 'split7'"),
+    (["--checkpoint", "latest", "--all-checkpoints"], "one, or all"),
+    (["--checkpoint", "77"], "no checkpoint 77"),
+    (["--label", "lable", "--class"], "lable"),
+    (["--gallery", "split=train", "--queries", "split=nothing"], "the queries are empty"),
+])  # fmt: skip
+def test_what_cannot_be_asked_is_told(
+    trained: tuple[Store, Path], capsys: pytest.CaptureFixture[str], words: list[str], told: str
+) -> None:
+    store, run = trained
+    block = [] if "--block" in words or "--checkpoint" in words else ["--block", "conv5x"]
+    arguments = ["bench", "retrieval", str(store.path), "--run", str(run), "--no-raw", "--seeds", "0", *block, *words]
+    assert invoke(arguments) in (2, 4)
+    assert told in capsys.readouterr().err

@@ -1,0 +1,89 @@
+"""Official splits of a store: which videos are trained on, which choose settings, which are tested.
+
+    for split in official(store, numbers): split.train, split.val, split.test
+
+A column `split` is one division; UCF101 and HMDB51 have three, in columns split1, split2, split3, and results are
+averaged over them. Where a split has a training, a validation and a test part, the validation part chooses what is to
+be chosen; where it has no test part (Kinetics), the validation part is tested, and the split's name says so.
+
+Not here: folds (`rank.folds`, `probing`), and what is done with the parts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from avstore.errors import UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from avstore.store import Store
+
+TRAIN = frozenset({"train", "training"})
+TEST = frozenset({"test", "testing"})
+VALIDATION = frozenset({"val", "valid", "validate", "validation", "dev"})
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Places into the numbers given, int64, disjoint; `val` is empty where nothing is left to choose with."""
+
+    name: str
+    train: np.ndarray
+    test: np.ndarray
+    val: np.ndarray
+
+
+def columns_of(store: Store) -> list[str]:
+    """split1, split2, ... where the store has them, else split where it has that, else nothing."""
+    numbered = [c for c in store.columns if re.fullmatch(r"split\d+", c)]
+    return sorted(numbered, key=lambda c: int(c[5:])) or [c for c in store.columns if c == "split"]
+
+
+def official(store: Store, numbers: np.ndarray, columns: Sequence[str] | None = None) -> list[Split]:
+    """The divisions of these videos by `columns` (default: `columns_of`). A video outside a split's parts is in none.
+
+    UsageError where a column is not there, where no column is, where one has no training part or nothing to test.
+    """
+    numbers = np.asarray(numbers, np.int64)
+    chosen = columns_of(store) if columns is None else list(dict.fromkeys(columns))
+    if not chosen:
+        raise UsageError(
+            f"{store.path} has no train and test split",
+            f"its columns: {', '.join(store.columns) or 'none'}",
+            "--folds 5, or ingest with a list that has a column split",
+        )
+    return [_split(store, numbers, column, len(chosen) > 1 or column != "split") for column in chosen]
+
+
+def _split(store: Store, numbers: np.ndarray, column: str, named: bool) -> Split:
+    if column not in store.columns:
+        why = did_you_mean(column, store.columns)
+        raise UsageError(f"{store.path} has no column {column!r}", why, "--split COLUMN; see avstore ls")
+    given = ["" if v is None else str(v) for v in store.column(column, numbers)]
+
+    def places(words: frozenset[str]) -> np.ndarray:
+        return np.array([i for i, v in enumerate(given) if v in words], np.int64)
+
+    train, test, val = places(TRAIN), places(TEST), places(VALIDATION)
+    name = column if named else "test split"
+    if len(train) and len(val) and not len(test):
+        test, val, name = val, val[:0], f"{column}, its validation part" if named else "validation split"
+    if not len(train) or not len(test):
+        there = ", ".join(sorted({v for v in given if v})) or "none"
+        if named:
+            raise UsageError(
+                f"column {column} has {len(train)} training and {len(test)} test videos",
+                f"each official split needs both; its values: {there}",
+                "see avstore ls; --where, or another --split",
+            )
+        raise UsageError(
+            f"{store.path} has no train and test split",
+            f"its splits: {there}",
+            "--folds 5, or ingest with a list that has a column fold or split",
+        )
+    return Split(name, train, test, val)
