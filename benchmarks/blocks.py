@@ -13,6 +13,7 @@ Not here: what is learned on them (`svm.py`, `linear.py`, `knn.py`).
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from avstore import draws
+from avstore.durable import canonical_json
 from avstore.errors import AvstoreError, ConflictError, UsageError
 from avstore.sampler import SequentialOrder
 from avstore.views import UniformView
@@ -49,6 +51,28 @@ def with_weights(run: Run, which: str | int = "latest", seed: int = 0) -> nn.Mod
     if which == "random":
         return build(run.config.replace(seed=seed), run.snapshot, None).float().eval()
     return run.load(which).float().eval()
+
+
+def same_networks(run: Run, modality: Literal["a", "v", "av"]) -> str:
+    """What decides the random networks of a run and the clip that they are shown: runs that agree in it share them."""
+    names = ["width", "small", "pool", "seconds", "fps"]
+    if "a" in modality:
+        names += ["audio_net", "audio_depth", "front_end"]
+    if "v" in modality:
+        names += ["video_net", "video_depth", "frames", "size"]
+    return str(sorted((k, str(v)) for k, v in run.config.values().items() if k in names))
+
+
+def key_of(method: nn.Module, run: Run, store: Store, numbers: np.ndarray, **made: Any) -> dict[str, Any]:
+    """What decides the features of these videos, for `kept.py`; `made`: how they are made."""
+    from benchmarks.finetune import weights_digest
+
+    h = hashlib.sha256(canonical_json(run.snapshot.statistics))
+    h.update(np.ascontiguousarray(numbers, "<i8").tobytes())
+    for number in np.asarray(numbers, np.int64).tolist():
+        h.update(f"{store.key(number)}\n".encode())
+    return {"weights": weights_digest(method), "config": run.config.digest, "spec": store.fingerprint,
+            "videos": h.hexdigest()[:16], **made}  # fmt: skip
 
 
 def trunk(method: nn.Module, modality: Literal["v", "a"]) -> Encoder:
@@ -239,5 +263,5 @@ def _finite(x: Tensor, store: Store, number: int) -> np.ndarray:
     return x.float().cpu().numpy()
 
 
-__all__ = ["BLOCKS", "PICTURE_GRIDS", "SOUND_GRIDS", "picture_blocks", "pooled", "raw_pictures", "raw_sound",
-           "sound_blocks", "sound_starts", "sound_windows", "trunk", "with_weights"]  # fmt: skip
+__all__ = ["BLOCKS", "PICTURE_GRIDS", "SOUND_GRIDS", "key_of", "picture_blocks", "pooled", "raw_pictures", "raw_sound",
+           "same_networks", "sound_blocks", "sound_starts", "sound_windows", "trunk", "with_weights"]  # fmt: skip

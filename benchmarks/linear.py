@@ -13,8 +13,10 @@ training; the same for a and v alone, so that the three numbers compare (declare
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -25,7 +27,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from avstore.errors import UsageError, did_you_mean
-from benchmarks import blocks, probing
+from benchmarks import blocks, probing, unseen
+from benchmarks.kept import Kept
 from benchmarks.probing import Classifier, Outcome
 from benchmarks.rank import folds
 from benchmarks.table import Table
@@ -125,12 +128,15 @@ def bench(
     train_mode: bool = False,
     controls: bool = True,
     published: str | None = None,
+    work: Path | None = None,
     device: str = "auto",
     progress: Progress = lambda stage, done, total: None,
     **choice: Any,
 ) -> Table:
     """The table of `bench linear`. One row for each method and block (av: for a, v and both), beside random networks of
-    `seeds` seeds, raw pixels or spectrograms, and the commonest class."""
+    `seeds` seeds, raw pixels or spectrograms, and the commonest class. Runs of one method that differ in their seed
+    alone are one row; each is asked the parts that it was not pre-trained on (`unseen.py`). work: a folder in which
+    features are kept: what is there is not computed again, for other labels neither."""
     if modality not in ("a", "v", "av"):
         raise UsageError(f"no modality {modality!r}", did_you_mean(modality, ("a", "v", "av")))
     if published is not None and published not in PUBLISHED:
@@ -141,38 +147,52 @@ def bench(
             raise UsageError(f"no block {name!r}", did_you_mean(name, known))
     if clips < 1 or seeds < 0:
         raise UsageError(f"{clips} clips, {seeds} seeds", "at least 1 and 0")
-    probed = probing.choose(store, modality=modality, **choice)
+    names = probing.names(runs)
+    probed, asked, notes = unseen.plan(store, runs, names, probing.choose(store, modality=modality, **choice))
     if shots is not None:
         probed = probing.few_shot(probed, shots)
+    at = {p.name: p for p in probed.parts}
     grids = POOLED if modality == "av" else {k: v for k, v in known.items() if not only or k in only}
     found: dict[tuple[str, str], list[list[Outcome]]] = {}
+    kept = Kept(work)
     classifier = logistic() if modality == "av" else adam(epochs, rate)
 
-    def add(name: str, method: nn.Module, run: Run) -> None:
+    def add(name: str, method: nn.Module, run: Run, parts: Sequence[probing.Part]) -> None:
         x: dict[str, dict[str, np.ndarray]] = {}
-        for m, make in (("a", blocks.sound_blocks), ("v", blocks.picture_blocks)):
+        each_of: tuple[tuple[Literal["a", "v"], Any], ...] = (("a", blocks.sound_blocks), ("v", blocks.picture_blocks))
+        for m, make in each_of:
             if m in modality:
 
                 def say(done: int, total: int, which: str = m) -> None:
                     progress(f"{name} {which}", done, total)
 
-                with _Statistics(method, blocks.trunk(method, m), train_mode):  # type: ignore[arg-type]
-                    how: Literal["avg", "max"] = "avg" if modality == "av" or m == "a" else "max"
-                    x[m] = make(method, run, store, probed.numbers, clips=clips, grids=grids, how=how,
-                                device=device, progress=say)  # type: ignore[operator]  # fmt: skip
+                how: Literal["avg", "max"] = "avg" if modality == "av" or m == "a" else "max"
+                key = blocks.key_of(method, run, store, probed.numbers, modality=m, clips=clips, grids=grids, how=how,
+                                    train_mode=train_mode)  # fmt: skip
+
+                def computed(
+                    m: Literal["a", "v"] = m, make: Any = make, how: str = how, say: Any = say
+                ) -> Mapping[str, np.ndarray]:
+                    with _Statistics(method, blocks.trunk(method, m), train_mode):
+                        return make(method, run, store, probed.numbers, clips=clips, grids=grids, how=how,
+                                    device=device, progress=say)  # fmt: skip
+
+                x[m] = kept.arrays(key, computed)
         if modality == "av":
             each = {m: v["conv5x"] for m, v in x.items()}
             sets = {**each, "a + v": np.concatenate([each["v"], each["a"]], 2)}
         else:
             sets = x[modality]
         for block, value in sets.items():
-            found.setdefault((name, block), []).append(probing.probe(value, probed, classifier))
+            mine = dataclasses.replace(probed, parts=tuple(at[p.name] for p in parts))
+            found.setdefault((name, block), []).append(probing.probe(value, mine, classifier))
 
-    for run in runs:
-        add(run.config.name, blocks.with_weights(run, checkpoint), run)
-    for seed in range(seeds):
-        add("random weights", blocks.with_weights(runs[0], "random", seed), runs[0])
-    rows = [probing.row(name, block, outcomes) for (name, block), outcomes in found.items()]
+    for run, name, parts in zip(runs, names, asked, strict=True):
+        add(name, blocks.with_weights(run, checkpoint), run, parts)
+    for run in {blocks.same_networks(r, modality): r for r in reversed(runs)}.values():
+        for seed in range(seeds):
+            add("random weights", blocks.with_weights(run, "random", seed), run, probed.parts)
+    rows = [probing.row(name, block, unseen.whole(o, probed)) for (name, block), o in found.items()]
     if controls:
         raw = {}
         if "a" in modality:
@@ -193,8 +213,9 @@ def bench(
             + "; raw features: logistic regression",
             *(["backbone in train mode, as published: batch statistics of the probe's videos, test part included"]
               if train_mode else []),
+            *notes,
         ),
-        [run.config.name for run in runs],
+        list(dict.fromkeys(names)),
     )  # fmt: skip
 
 

@@ -13,14 +13,19 @@ loudness instead. AVID also changes the speed of training recordings; that is le
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import hashlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from sklearn.ensemble import RandomForestClassifier
 
 from avstore.errors import UsageError, did_you_mean
-from benchmarks import blocks, probing
+from benchmarks import blocks, probing, unseen
+from benchmarks.kept import Kept
 from benchmarks.probing import Classifier, Outcome, Probed
 from benchmarks.squared_hinge import OneVsRest
 from benchmarks.table import Table
@@ -91,14 +96,19 @@ def _held_out(labels: np.ndarray, inner: np.ndarray | None, seed: int) -> np.nda
 
 def oracle(x: np.ndarray, probed: Probed, strengths: Sequence[float], train_x: np.ndarray | None) -> list[Outcome]:
     """The best strength for each test part, chosen on it: what a leak is worth."""
-    learn = x if train_x is None else train_x
+    tried: list[list[np.ndarray]] = []
+
+    def every(
+        train: np.ndarray, labels: np.ndarray, test: np.ndarray, inner: np.ndarray | None
+    ) -> tuple[np.ndarray, str]:
+        a, b = probing.standardised(train, test)
+        tried.append(decide(a, labels, b, strengths))
+        return tried[-1][0], ""
+
+    probing.probe(x, probed, every, train_x)
     out = []
-    for part in probed.parts:
-        a, b = probing.standardised(learn[part.train], x[part.test])
-        y = probed.labels[part.test]
-        accuracy = [
-            float((s.mean(1).argmax(1) == y).mean()) for s in decide(a, probed.labels[part.train], b, strengths)
-        ]
+    for part, scores in zip(probed.parts, tried, strict=True):
+        accuracy = [float((s.mean(1).argmax(1) == probed.labels[part.test]).mean()) for s in scores]
         best = int(np.argmax(accuracy))
         out.append(Outcome(part.name, accuracy[best], f"C {strengths[best]:g}"))
     return out
@@ -153,12 +163,15 @@ def bench(
     checkpoint: str | int = "latest",
     controls: bool = True,
     published: str | None = None,
+    work: Path | None = None,
     device: str = "auto",
     progress: Progress = lambda stage, done, total: None,
     **choice: Any,
 ) -> Table:
-    """The table of `bench svm`. runs of one method: one row each, mean over them. seeds: random networks to compare
-    with. only: blocks. UsageError, ConflictError as `probing.choose`, `blocks.trunk`."""
+    """The table of `bench svm`. Runs of one method that differ in their seed alone: one row, mean over them; each is
+    asked the parts that it was not pre-trained on (`unseen.py`). seeds: random networks to compare with. only: blocks.
+    work: a folder in which features and accuracies are kept, so that a repeated command goes on where it stopped.
+    UsageError, ConflictError as `probing.choose`, `unseen.plan`, `blocks.trunk`."""
     grids = {k: v for k, v in blocks.SOUND_GRIDS.items() if not only or k in only}
     for name in only:
         if name not in blocks.SOUND_GRIDS:
@@ -167,39 +180,47 @@ def bench(
         raise UsageError(f"no published figures of {published!r}", did_you_mean(published, PUBLISHED))
     if clips < 1 or seeds < 0:
         raise UsageError(f"{clips} clips, {seeds} seeds", "at least 1 and 0")
-    probed = probing.choose(store, modality="a", **choice)
+    names = probing.names(runs)
+    probed, asked, notes = unseen.plan(store, runs, names, probing.choose(store, modality="a", **choice))
+    kept = Kept(work)
     found: dict[tuple[str, str], list[list[Outcome]]] = {}
     best: dict[tuple[str, str], list[list[Outcome]]] = {}
 
-    def add(name: str, method: Any, run: Run) -> None:
+    def add(name: str, method: Any, run: Run, parts: tuple[probing.Part, ...]) -> None:
         def say(done: int, total: int) -> None:
             progress(name, done, total)
 
-        x = blocks.sound_blocks(method, run, store, probed.numbers, clips=clips, grids=grids, device=device,
-                                progress=say)  # fmt: skip
+        mine = dataclasses.replace(probed, parts=parts)
+        how: dict[str, Any] = {"clips": clips, "grids": grids}
+        key = blocks.key_of(method, run, store, probed.numbers, modality="a", **how)
+        of = (method, run, store, probed.numbers)
+        x = kept.arrays(key, lambda: blocks.sound_blocks(*of, device=device, progress=say, **how))
         learn: dict[str, np.ndarray] = {}
         if augment:
-            learn = blocks.sound_blocks(method, run, store, probed.numbers, clips=clips, grids=grids, augment_seed=0,
-                                        device=device)  # fmt: skip
+            learn = kept.arrays(
+                {**key, "augment": 0}, lambda: blocks.sound_blocks(*of, augment_seed=0, device=device, **how)
+            )
+        setting = {"strengths": list(strengths), "fixed": fixed, "augment": augment, "parts": _digest(mine)}
         for block, value in x.items():
             progress(f"{name} {block}", 0, 1)
-            outcome = probing.probe(value, probed, svm(strengths, fixed), learn.get(block))
-            found.setdefault((name, block), []).append(outcome)
+            one, other = {**key, **setting, "block": block}, learn.get(block)
+            found.setdefault((name, block), []).append(
+                _kept(kept, one, functools.partial(probing.probe, value, mine, svm(strengths, fixed), other))
+            )
             if with_oracle:
-                best.setdefault((name, block), []).append(oracle(value, probed, strengths, learn.get(block)))
+                best.setdefault((name, block), []).append(
+                    _kept(kept, {**one, "oracle": True}, functools.partial(oracle, value, mine, strengths, other))
+                )
 
-    for run in runs:
-        add(run.config.name, blocks.with_weights(run, checkpoint), run)
-    seen = set()
-    for run in runs:
+    for run, name, parts in zip(runs, names, asked, strict=True):
+        add(name, blocks.with_weights(run, checkpoint), run, parts)
+    for run in {blocks.same_networks(r, "a"): r for r in reversed(runs)}.values():
         for seed in range(seeds):
-            key = (str(_networks(run)), seed)
-            if key not in seen:
-                seen.add(key)
-                add("random weights", blocks.with_weights(run, "random", seed), run)
-    rows = [probing.row(name, block, outcomes) for (name, block), outcomes in found.items()]
+            add("random weights", blocks.with_weights(run, "random", seed), run, probed.parts)
+    rows = [probing.row(name, block, unseen.whole(o, probed)) for (name, block), o in found.items()]
     rows += [
-        probing.row(f"{name}, C chosen on the test part", block, outcomes) for (name, block), outcomes in best.items()
+        probing.row(f"{name}, C chosen on the test part", block, unseen.whole(o, probed))
+        for (name, block), o in best.items()
     ]
     if controls:
         progress("raw spectrogram", 0, 1)
@@ -215,12 +236,19 @@ def bench(
         probed,
         (f"{clips} clips of a recording, decision values averaged; C "
          + (f"{fixed:g}" if fixed is not None else "chosen within the training part")
-         + ("; training clips at random places with random loudness" if augment else ""),),
-        [run.config.name for run in runs],
+         + ("; training clips at random places with random loudness" if augment else ""), *notes),
+        list(dict.fromkeys(names)),
     )  # fmt: skip
 
 
-def _networks(run: Run) -> Any:
-    """What decides a random network: two runs that agree in it have the same one."""
-    names = ("audio_net", "audio_depth", "width", "small", "pool", "front_end", "seconds")
-    return sorted((k, str(v)) for k, v in run.config.values().items() if k in names)
+def _kept(kept: Kept, key: dict[str, Any], make: Callable[[], list[Outcome]]) -> list[Outcome]:
+    return [Outcome(*o) for o in kept.value(key, lambda: [dataclasses.astuple(o) for o in make()])]
+
+
+def _digest(probed: Probed) -> str:
+    h = hashlib.sha256(np.ascontiguousarray(probed.labels, "<i8").tobytes())
+    for part in probed.parts:
+        h.update(part.name.encode())
+        for x in (*part.learned_on(), part.test):
+            h.update(b"none" if x is None else np.ascontiguousarray(x, "<i8").tobytes())
+    return h.hexdigest()[:16]

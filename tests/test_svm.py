@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,10 +16,10 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.svm import LinearSVC
 
 import avstore
-from avstore.errors import UsageError
+from avstore.errors import ConflictError, UsageError
 from avstore.ingest import ingest
-from benchmarks import blocks, linear, probing, svm
-from benchmarks.probing import Part, Probed
+from benchmarks import blocks, linear, probing, svm, unseen
+from benchmarks.probing import Outcome, Part, Probed
 from benchmarks.squared_hinge import OneVsRest
 
 
@@ -160,6 +161,72 @@ def test_strengths_and_order_of_calls_are_checked():
     for c in (0.0, -1.0, float("nan")):
         with pytest.raises(UsageError, match="above 0"):
             machines.fit(c)
+
+
+def runs_of_folds(count: int, unseen_parts: dict[int, tuple[int, ...]]) -> tuple[Any, list[Any], Probed]:
+    """A store of 12 videos in three folds, and runs that were pre-trained on all but those of some folds."""
+    which = np.arange(12) % 3
+    parts = tuple(Part(f"fold {f}", np.flatnonzero(which != f), np.flatnonzero(which == f)) for f in range(3))
+
+    class Snapshot:
+        def __init__(self, numbers: np.ndarray | None) -> None:
+            self.numbers = numbers
+
+        def require_fits(self, store: object) -> None:
+            if self.numbers is None:
+                raise ConflictError("another store")
+
+    class Run:
+        def __init__(self, i: int) -> None:
+            left = unseen_parts.get(i)
+            self.name = f"run{i}"
+            self.snapshot = Snapshot(None if left is None else 100 + np.flatnonzero(~np.isin(which, left)))
+
+    return None, [Run(i) for i in range(count)], Probed(100 + np.arange(12), which % 2, ("a", "b"), parts, "")
+
+
+def test_runs_of_folds_are_asked_what_they_have_not_seen():
+    store, runs, probed = runs_of_folds(7, {0: (0,), 1: (1,), 2: (2,), 3: (0,), 4: (1,), 5: (2,)})
+    plan, asked, notes = unseen.plan(store, runs, ["m"] * 6 + ["foreign"], probed)
+    assert [[p.name for p in parts] for parts in asked[:6]] == [["fold 0"], ["fold 1"], ["fold 2"]] * 2
+    assert asked[6] == probed.parts == plan.parts and len(notes) == 1 and "not seen in pre-training" in notes[0]
+    answers = [[Outcome(p.name, i + 0.1 * j, "") for j, p in enumerate(parts)] for i, parts in enumerate(asked[:6])]
+    both = unseen.whole(answers, plan)
+    assert [[o.part for o in one] for one in both] == [["fold 0", "fold 1", "fold 2"]] * 2
+    assert [[o.accuracy for o in one] for one in both] == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_a_run_that_saw_all_parts_is_told_and_half_answers_are_refused():
+    store, runs, probed = runs_of_folds(1, {0: ()})
+    plan, asked, notes = unseen.plan(store, runs, ["m"], probed)
+    assert plan.parts == asked[0] == probed.parts and "run0 saw 12 of 12" in notes[0]
+    store, runs, probed = runs_of_folds(3, {0: (0,), 1: (1,), 2: (1,)})
+    plan, _, notes = unseen.plan(store, runs[:2], ["m", "m"], probed)
+    assert [p.name for p in plan.parts] == ["fold 0", "fold 1"] and "left out" in notes[-1] and "fold 2" in notes[-1]
+    with pytest.raises(UsageError, match="whole answers"):
+        unseen.plan(store, runs, ["m"] * 3, probed)
+    with pytest.raises(UsageError, match="whole answers"):
+        unseen.plan(store, runs[:2], ["m", "other"], probed)
+
+
+def test_what_is_kept_is_not_computed_again(tmp_path, monkeypatch):
+    """`bench svm` and `bench linear` with a work folder: the same table, features and machines from the folder."""
+    from tiny_run import config, store_in
+
+    from trainers.loop import train
+
+    store = store_in(tmp_path, codec="jpeg")
+    run = train("avid", store, config("steps=1"), tmp_path / "runs" / "mine").run
+    options: dict[str, Any] = {"clips": 1, "fold_count": 2, "seeds": 1, "controls": False}
+    for bench, more in ((svm.bench, {"only": ["conv5x"]}), (linear.bench, {"modality": "av"})):
+        plain = bench(store, [run], **options, **more)
+        first = bench(store, [run], work=tmp_path / "work", **options, **more)
+        with monkeypatch.context() as m:
+            for name in ("sound_blocks", "picture_blocks"):
+                m.setattr(blocks, name, lambda *a, **k: pytest.fail("computed again"))
+            again = bench(store, [run], work=tmp_path / "work", **options, **more)
+        assert plain.rows == first.rows == again.rows
+        assert any("saw" in note for note in plain.notes)  # this run was pre-trained on what it is asked
 
 
 @pytest.fixture(scope="module")
