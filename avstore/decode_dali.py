@@ -89,6 +89,8 @@ class Device:
     def __init__(self, kind: str) -> None:
         self.kind, self.where = kind, dali.backend(kind)
         self.encoder = "nvimagecodec" if kind == "dali-nvjpeg" else "cpu"
+        # of a video whose pictures it decodes; what falls back to PyAV is the CPU's, sound and all
+        self.sound_on = f"cuda:{dali.device_index()}" if self.where == "gpu" else "cpu"
         self.stream: Any = None
 
     def show(

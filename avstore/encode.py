@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ENCODERS = ("cpu", "nvimagecodec")
-_made: dict[str, Any] = {}
+_made: dict[int, Any] = {}  # an encoder for each device
 
 
 def encode_batch(pictures: Tensor | np.ndarray, quality: int, encoder: str = "cpu", threads: int = 1) -> list[bytes]:
@@ -52,15 +52,20 @@ def _on_device(pictures: Any, quality: int) -> list[bytes]:
         ) from e
     if not getattr(pictures, "is_cuda", False):
         raise UsageError("nvImageCodec encodes pictures on a CUDA device", "these are elsewhere", "encoder='cpu'")
-    if "encoder" not in _made:
-        _made["encoder"] = nvimgcodec.Encoder()
-    made = _made["encoder"]
+    import torch
+
+    index = pictures.device.index or 0
+    if index not in _made:  # of the pictures' own device, and never its encoder on the CPU
+        kinds = (nvimgcodec.HW_GPU_ONLY, nvimgcodec.GPU_ONLY, nvimgcodec.HYBRID_CPU_GPU)
+        _made[index] = nvimgcodec.Encoder(device_id=index, backends=[nvimgcodec.Backend(kind) for kind in kinds])
+    stream = torch.cuda.current_stream(pictures.device).cuda_stream
     params = nvimgcodec.EncodeParams(
         quality_type=nvimgcodec.QualityType.QUALITY,
         quality_value=quality,
         chroma_subsampling=nvimgcodec.ChromaSubsampling.CSS_420,
     )
-    out = made.encode([nvimgcodec.as_image(one) for one in pictures], codec="jpeg", params=params)
+    images = [nvimgcodec.as_image(one, stream) for one in pictures]
+    out = _made[index].encode(images, codec="jpeg", params=params, cuda_stream=stream)
     if len(out) != len(pictures) or any(one is None for one in out):
         raise RuntimeError("nvImageCodec encoded fewer pictures than it was given")
     return [bytes(memoryview(one)) for one in out]

@@ -38,6 +38,7 @@ import numpy as np
 from avstore import store as stores
 from avstore.errors import AvstoreError, CorruptError, MachineError, NotFoundError, UsageError, did_you_mean
 from avstore.frontends import FRONT_ENDS
+from avstore.packed import Decode, unpack
 from avstore.reader import TO_READER, TO_TRAINER, Filler, Job
 from avstore.sampler import Order, SequentialOrder
 from avstore.selection import Selection
@@ -69,6 +70,8 @@ class Batch:
     valid_frames, valid_samples: int64 (B, ...), how many come from the video; the rest loops / is zero.
     has_picture, has_sound: bool (B, ...), whether the window shows or sounds anything; else it is all zeros.
     shrunk: bool (B,), windows moved closer together than asked. wait: seconds that the trainer waited for this batch.
+    jpeg: only where the loader has a `decode`: int32 (B, ..., T), bytes of the JPEG at the beginning of each row of
+    `frames` (`avstore.packed`); `tensors` makes pixels of them.
     """
 
     step: int
@@ -90,6 +93,7 @@ class Batch:
     waveform: np.ndarray | None = None
     spectrogram: np.ndarray | None = None
     source: np.ndarray | None = None
+    jpeg: np.ndarray | None = None
     wait: float = 0.0
     _slot: int = field(default=-1, repr=False)
     _loader: Loader | None = field(default=None, repr=False)
@@ -104,13 +108,23 @@ class Batch:
 
     def tensors(self, device: torch.device | str | None = None) -> dict[str, torch.Tensor]:
         """The arrays as tensors. On a CPU (or None): views of the slot, valid as long as the batch. On another device:
-        copies, started without waiting; the slot is not used again before they are done."""
+        copies, started without waiting; the slot is not used again before they are done. Where the loader has a
+        `decode`, `frames` are what it makes of their JPEGs on the device, and `jpeg` is left out."""
         import torch
 
-        out = {name: torch.from_numpy(array) for name, array in self.arrays().items()}
-        if device is None or torch.device(device).type == "cpu":
+        arrays = self.arrays()
+        lengths = arrays.pop("jpeg", None)
+        coded = arrays.pop("frames") if lengths is not None else None
+        out = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        on_cpu = device is None or torch.device(device).type == "cpu"
+        if not on_cpu:
+            out = {name: tensor.to(device, non_blocking=True) for name, tensor in out.items()}
+        if lengths is not None and coded is not None:
+            if self._loader is None or self._loader.decode is None:
+                raise UsageError("this batch was released", "its pictures are in its slot", "call `tensors` before")
+            out["frames"] = unpack(coded, lengths, self._loader.decode, device)
+        if on_cpu:
             return out
-        out = {name: tensor.to(device, non_blocking=True) for name, tensor in out.items()}
         if torch.device(device).type == "cuda":
             self._copied = torch.cuda.Event()
             self._copied.record(torch.cuda.current_stream(torch.device(device)))
@@ -137,7 +151,8 @@ class Loader:
     threads: that decode. slots: batches of memory. hold: batches that stay valid after they were handed out.
     check: verify the checksums of frames; by default where they are JPEG, where it costs 1-2 % and 82 % of single
     flipped bits would decode without an error to wrong pixels, but not where they are raw, where it costs a third.
-    Sound is always verified. device: "cuda..." registers the slots as pinned memory.
+    Sound is always verified. device: "cuda..." registers the slots as pinned memory. decode: pictures stay JPEG in the
+    slots, and `Batch.tensors` makes pixels of them by this function (`avstore.device_jpeg`); jpeg stores, whole size.
 
     UsageError for arguments that fit neither each other nor the store, NotFoundError for a front-end that is not
     stored, MachineError where the reader cannot start, or dies; CorruptError, naming video and second, for damaged
@@ -164,8 +179,10 @@ class Loader:
         in_process: bool = False,
         check: bool | None = None,
         device: torch.device | str | None = None,
+        decode: Decode | None = None,
     ) -> None:
         self._live: _Reader | None = None
+        self.decode = decode
         self.store = store if isinstance(store, stores.Store) else stores.open(store)
         self.selection = self.store.select() if selection is None else selection
         self.order, self.hold, self.in_process, self.device = order, hold, in_process, device
@@ -185,7 +202,7 @@ class Loader:
         job, fields = _job(
             self.store, views, order, share, frames, fps, samples, size, front_end, source,
             getattr(order, "seed", 0) if seed is None else seed, threads, slots,
-            self.store.spec.codec == "jpeg" if check is None else check,
+            self.store.spec.codec == "jpeg" if check is None else check, decode is not None,
         )  # fmt: skip
         self.job, self.layout = job, Layout(fields)
         self.nbytes = slots * self.layout.nbytes
@@ -316,7 +333,7 @@ class _Reader:
         self.pid = os.getpid()
         self.memory = Memory(job.slots * job.layout.nbytes, shared=shared)
         self.slots = [job.layout.views(self.memory.map, k) for k in range(job.slots)]
-        self.pinned = _pin(self.memory, device)
+        self.device, self.pinned = device, _pin(self.memory, device)
         self.ready: dict[int, int] = {}
         self.failed: dict[int, tuple[AvstoreError, int]] = {}
 
@@ -372,7 +389,7 @@ class _Reader:
             return
         self._end()
         if self.pinned:
-            _unpin(self.memory)
+            _unpin(self.memory, self.device)
         self.ready.clear()
         self.slots.clear()
         self.memory.close()
@@ -500,6 +517,7 @@ def _not_importable(job: Job, why: str) -> UsageError:
 def _job(
     store: stores.Store, views: Views, order: Order | SequentialOrder, share: int, frames: int, fps: Any, samples: int,
     size: tuple[int, int] | None, front_end: str | None, source: bool, seed: int, threads: int, slots: int, check: bool,
+    packed: bool,
 ) -> tuple[Job, dict[str, tuple[tuple[int, ...], str]]]:  # fmt: skip
     """The job, still without its layout, and the fields of a slot; UsageError where the arguments do not fit."""
     spec = store.spec
@@ -526,6 +544,11 @@ def _job(
                 "resize the batch on the device, or ingest with --size",
             )
         scale = scales[size[0], size[1]]
+    if packed and (not frames or spec.codec != "jpeg" or scale != 1):
+        raise UsageError(
+            f"{frames} frames of codec {spec.codec} at 1/{scale} of their size for a decoder of JPEG on the device",
+            "it takes JPEG pictures as they are stored; only the CPU decodes at half scale", "leave decode away",
+        )  # fmt: skip
     views_n = views.views
     shape: tuple[int, ...] = (share,) if views_n == 1 else (share, views_n)
     fields: dict[str, tuple[tuple[int, ...], str]] = {"size": ((1,), "int64")}
@@ -537,6 +560,8 @@ def _job(
     if frames:
         read["frames"] = store.arrays["frames"]
         fields["frames"] = ((*shape, frames, spec.height // scale, spec.width // scale, 3), "uint8")
+        if packed:
+            fields["jpeg"] = ((*shape, frames), "int32")
         if source or rate is None:
             read["source"] = store.arrays["source"]
         if source:
@@ -580,7 +605,7 @@ def _pin(memory: Memory, device: Any) -> bool:
     import torch
 
     address = np.frombuffer(memory.map, np.uint8).ctypes.data
-    code = int(torch.cuda.cudart().cudaHostRegister(address, memory.nbytes, 0))
+    code = int(torch.cuda.cudart().cudaHostRegister(address, memory.nbytes, 1))  # portable: for every device
     if code:
         raise MachineError(
             f"{memory.nbytes / 2**20:.0f} MiB of slots could not be pinned", f"cudaHostRegister returned {code}",
@@ -589,8 +614,8 @@ def _pin(memory: Memory, device: Any) -> bool:
     return True
 
 
-def _unpin(memory: Memory) -> None:
+def _unpin(memory: Memory, device: Any) -> None:
     import torch
 
-    torch.cuda.synchronize()
+    torch.cuda.synchronize(torch.device(device))
     torch.cuda.cudart().cudaHostUnregister(np.frombuffer(memory.map, np.uint8).ctypes.data)

@@ -35,6 +35,7 @@ from avstore import draws
 from avstore.codecs import MISSING, decode_source
 from avstore.cut import cut_frames, cut_rows
 from avstore.errors import AvstoreError, CorruptError
+from avstore.packed import PIXELS, cut_packed
 from avstore.sampler import Order, SequentialOrder
 from avstore.shard import LocalReader
 from avstore.slots import Layout, Memory
@@ -423,6 +424,14 @@ class Filler:
         slot["has_picture"][:n] = (plan.valid_frames > 0).reshape(n, *views)
         slot["has_sound"][:n] = (plan.heard > 0).reshape(n, *views)
 
+    def _packed(self, plan: Plan, clip: int, out: np.ndarray, lengths: np.ndarray) -> None:
+        job = self.job
+        if not plan.valid_frames[clip]:
+            out[:], lengths[:] = 0, PIXELS
+            return
+        cut_packed(self.reader, job.arrays["frames"], job.shard_seconds * job.tape_fps, plan.tape[clip], out, lengths,
+                   check=job.check)  # fmt: skip
+
     def _clip(self, plan: Plan, slot: dict[str, np.ndarray], clip: int) -> None:
         """Decodes one clip into its rows of the slot."""
         job = self.job
@@ -432,7 +441,9 @@ class Filler:
         try:
             if job.frames:
                 out = slot["frames"].reshape(-1, *slot["frames"].shape[-4:])[clip]
-                if plan.valid_frames[clip]:
+                if "jpeg" in slot:
+                    self._packed(plan, clip, out, slot["jpeg"].reshape(-1, job.frames)[clip])
+                elif plan.valid_frames[clip]:
                     cut_frames(self.reader, job.arrays["frames"], job.shard_seconds * job.tape_fps, plan.tape[clip],
                                out, check=job.check)  # fmt: skip
                 else:

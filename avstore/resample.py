@@ -55,7 +55,7 @@ def resample_span(waveform: Tensor, source: int, target: int, start: int, stop: 
     piece = waveform[..., max(begin, 0) : max(min(end, samples), 0)].to(torch.float64)
     piece = torch.nn.functional.pad(piece, (max(-begin, 0), end - max(begin, 0) - piece.shape[-1]))
     windows = piece.unfold(-1, matrix.shape[1], in_step)  # (..., groups, in)
-    out = torch.matmul(windows, torch.from_numpy(matrix).to(windows.device).T).flatten(-2)
+    out = torch.matmul(windows, torch.from_numpy(matrix).to(windows.device, non_blocking=True).T).flatten(-2)
     return out[..., start - first * out_step : stop - first * out_step].to(torch.float32)
 
 

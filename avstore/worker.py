@@ -36,10 +36,11 @@ class Collector:
     frames: [offset, length, repeat] per picture; waveform, spectrograms: [offset, length] per second.
     """
 
-    def __init__(self, spec: Spec, spool: Spool, slot: int) -> None:
+    def __init__(self, spec: Spec, spool: Spool, slot: int, sound_on: str = "cpu") -> None:
+        """sound_on: the device of torch on which spectrograms are computed."""
         from avstore.codecs import encode_jpeg, with_crc
 
-        self.spec, self.spool, self.slot = spec, spool, slot
+        self.spec, self.spool, self.slot, self.sound_on = spec, spool, slot, sound_on
         self.encode_jpeg, self.with_crc = encode_jpeg, with_crc
         self.frames: list[list[int]] = []
         self.source: list[list[int]] = []
@@ -101,12 +102,23 @@ class Collector:
             waveform = self.waveform[:samples]
             index["waveform"] = self.seconds(waveform, self.spec.sample_rate, 0)
             for name in self.spec.front_ends:
-                from avstore.frontends import FRONT_ENDS, spectrogram_rows  # torch, only where there is sound
+                from avstore.frontends import FRONT_ENDS  # torch, only where there is sound
 
-                rows = spectrogram_rows(waveform, name, self.spec.sample_rate)
                 rate = FRONT_ENDS[name].rows_per_second
-                index["spectrograms"][name] = self.seconds(rows, rate, np.nan)
+                index["spectrograms"][name] = self.seconds(self.spectrogram(waveform, name), rate, np.nan)
         return index
+
+    def spectrogram(self, waveform: np.ndarray, name: str) -> np.ndarray:
+        from avstore.frontends import spectrogram_rows
+
+        try:
+            return spectrogram_rows(waveform, name, self.spec.sample_rate, self.sound_on)
+        except RuntimeError as e:  # of CUDA: the video begins again, whole, on the CPU
+            if self.sound_on == "cpu":
+                raise
+            from avstore.timeline import Unfit
+
+            raise Unfit(f"{name} on the device: {' '.join(str(e).split())[:120]}") from e
 
 
 def decode_video(job: dict[str, Any], spec: Spec, device: Any = None) -> tuple[dict[str, Any], bytearray | None]:
@@ -133,7 +145,7 @@ def _collect(
 ) -> tuple[dict[str, Any], bytearray | None]:
     spool = Spool(Path(job["spool"]))
     try:
-        collector = Collector(spec, spool, job["slot"])
+        collector = Collector(spec, spool, job["slot"], how["device"].sound_on if "device" in how else "cpu")
         start, end = _time(job["start"]), _time(job["end"])
         facts = decode(job["path"], spec, collector, start=start, end=end, slot_seconds=job["slot"], **how)
         record = {**facts.to_record(), "fallback": fallback}
@@ -268,6 +280,8 @@ def load(spec: Spec, decode: str = "pyav") -> dict[str, str]:
 
         torch.set_num_threads(1)
         versions |= {"torch": torch.__version__, **dali.versions(decode)}
+        if spec.front_ends and dali.backend(decode) == "gpu":
+            versions["spectrograms"] = f"cuda {torch.version.cuda} where the decoder is dali, else cpu"
     return versions
 
 

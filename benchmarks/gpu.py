@@ -86,7 +86,7 @@ def _train(bench: Bench) -> Iterator[Row]:
 def _compiled(bench: Bench) -> Iterator[Row]:
     from benchmarks import gpu_train
 
-    return gpu_train.train_rates(bench, ("bf16 compiled",))
+    return gpu_train.train_rates(bench, ("bf16 compile", "bf16 graphs"))
 
 
 def _store(bench: Bench) -> Iterator[Row]:
@@ -164,7 +164,7 @@ PARTS = {  # in the order in which they run: checks first, what may be cut by th
     "search": Part("Exact search: engines", _search, 60),
     "bank": Part("Memory bank and CMA mining", _bank, 120),
     "run": Part("AVID-CMA on the demo set, to its retrieval table", _run, 200),
-    "compiled": Part("R(2+1)D-18: training clips a second, compiled", _compiled, 300),
+    "compiled": Part("R(2+1)D-18: training clips a second, compiled and in CUDA graphs", _compiled, 300),
 }
 
 
@@ -348,15 +348,15 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def rate(bench: Bench, call: Callable[[], Any], items: float = 1.0, seconds: float | None = None) -> float:
-    """Items a second of `call`, which does `items` of them: warmed up twice, then timed for `seconds`, the device
-    waited for at the end."""
+    """Items a second of `call`, which does `items` of them: warmed up by three calls, then timed for `seconds`, and
+    the device waited for at the end."""
     import torch
 
     def wait() -> None:
         if bench.cuda:
             torch.cuda.synchronize()
 
-    for _ in range(2):
+    for _ in range(3):  # CUDA graphs are recorded at the second call
         call()
     wait()
     limit, began, done = bench.size.seconds if seconds is None else seconds, time.perf_counter(), 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 import avstore
-from avstore import dali
+from avstore import dali, device_jpeg
 from avstore.codecs import decode_jpeg_into, encode_jpeg
 from avstore.encode import encode_batch
-from avstore.frontends import FRONT_ENDS, spectrogram
+from avstore.frontends import FRONT_ENDS, SPREAD, spectrogram, spectrogram_rows
 from benchmarks.gpu import Bench, Row, rate
 
 
@@ -126,17 +126,22 @@ def jpeg(bench: Bench) -> Iterator[Row]:
             value = rate(bench, lambda pool=pool: list(pool.map(decode_jpeg_into, payloads, out)), n)  # type: ignore[misc]
         best = max(best, value)
         yield {"what": f"decode on the CPU, {threads} threads", "value": value, "unit": "pictures/s"}
-    for name, make in (("torchvision (nvJPEG)", _torchvision), ("nvImageCodec", _nvimagecodec)):
+    arrays = [np.frombuffer(p, np.uint8) for p in payloads]
+    exact = np.empty_like(pictures[0])
+    decode_jpeg_into(payloads[0], exact)
+    for name, decode in device_jpeg.available(torch.device(bench.device)).items():
         row: Row = {"what": f"decode on the device, {name}", "unit": "pictures/s"}
-        if not bench.cuda:
-            yield {**row, "note": "not measured: a CPU"}
+        if isinstance(decode, str):
+            yield {**row, "note": f"not measured: {decode}"}
             continue
         try:
-            value = rate(bench, make(payloads, bench.device), n)
+            off = np.abs(decode(arrays[:1], 128, 176)[0].cpu().numpy().astype(int) - exact)
+            value = rate(bench, lambda decode=decode: decode(arrays, 128, 176), n)  # type: ignore[misc]
         except Exception as e:
             yield {**row, "note": f"not measured: {type(e).__name__}: {' '.join(str(e).split())[:120]}"}
             continue
-        yield {**row, "value": value, "note": f"{value / best:.2f} times the CPU's best"}
+        levels = f"off by {off.mean():.2f} levels on average, {off.max()} at most"
+        yield {**row, "value": value, "note": f"{value / best:.2f} times the CPU's best; {levels}"}
     yield {
         "what": "encode on the CPU, 1 thread",
         "unit": "pictures/s",
@@ -158,22 +163,9 @@ def jpeg(bench: Bench) -> Iterator[Row]:
     yield {**row, "value": value, "note": f"off by {off:.2f} levels on average"}
 
 
-def _torchvision(payloads: list[bytes], device: str) -> Callable[[], object]:
-    from torchvision.io import ImageReadMode, decode_jpeg
-
-    tensors = [torch.frombuffer(bytearray(p), dtype=torch.uint8) for p in payloads]
-    return lambda: decode_jpeg(tensors, mode=ImageReadMode.RGB, device=device)
-
-
-def _nvimagecodec(payloads: list[bytes], device: str) -> Callable[[], object]:
-    from nvidia import nvimgcodec
-
-    decoder = nvimgcodec.Decoder()
-    return lambda: decoder.decode(payloads)
-
-
 def spectrograms(bench: Bench) -> Iterator[Row]:
-    """Windows a second of each front-end at read time, and how far the device's rows lie from the CPU's."""
+    """Windows a second of each front-end at read time, and how far the device's rows lie from the CPU's; and the rows
+    of a whole video of a minute, as an ingest stores them."""
     count, seconds = bench.size.sound
     for name, recipe in FRONT_ENDS.items():
         hertz = max(24000, recipe.sample_rate)
@@ -187,3 +179,11 @@ def spectrograms(bench: Bench) -> Iterator[Row]:
         note = f"largest difference to the CPU {float(off):.2g}; the limit reads the sound and writes the rows once"
         yield {"what": f"{name}, {count} windows of {seconds} s", "value": value, "unit": "windows/s", "limit": limit,
                "note": note}  # fmt: skip
+    wave = np.random.default_rng(1).integers(-8000, 8000, (60 if bench.cuda else 2) * 24000).astype(np.int16)
+    for name in ("crisscross-mel80", "avid-linear257"):
+        mine = spectrogram_rows(wave, name, 24000, bench.device).astype(np.float32)
+        theirs = spectrogram_rows(wave, name, 24000).astype(np.float32)
+        value = rate(bench, lambda name=name: spectrogram_rows(wave, name, 24000, bench.device), len(wave) / 24000)  # type: ignore[misc]
+        off = float(np.max(np.abs(mine - theirs) - np.spacing(np.abs(theirs).astype(np.float16)).astype(np.float32)))
+        note = f"at most {max(off, 0):.2g} beyond a step of float16 from the CPU's; {SPREAD} is allowed"
+        yield {"what": f"{name}, stored rows of a whole video", "value": value, "unit": "s of sound/s", "note": note}

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 
 import avstore
+from avstore import device_jpeg
 from benchmarks import demo_set
 from benchmarks.gpu import Bench, Row
 from trainers import data
 from trainers.config import RunConfig, resolve
 from trainers.loop import Meter, Trainer
 from trainers.prefetch import ahead
+from trainers.process import kernels
 from trainers.snapshot import take_snapshot
 
 
@@ -41,6 +43,11 @@ def media_store(folder: Path, clips: int, seconds: int, **options: Any) -> avsto
 def store_against_synthetic(bench: Bench) -> Iterator[Row]:
     """Clips a second on one batch again and again, from the store, from the store one batch ahead; the share of the
     time that waits for data; the loader alone."""
+    with kernels(torch.device(bench.device), False):
+        yield from _store_rates(bench)
+
+
+def _store_rates(bench: Bench) -> Iterator[Row]:
     size: dict[str, Any] = {} if bench.cuda else {"size": (32, 48), "fps": 8, "workers": 1}
     clips = 256 if bench.cuda else 6
     with media_store(bench.folder, clips, 4 if bench.cuda else 1, **size) as store:
@@ -73,11 +80,27 @@ def store_against_synthetic(bench: Bench) -> Iterator[Row]:
                     "limit": synthetic,
                     "note": f"waits for data {meter['share']:.2%}",
                 }
+            yield from _coded(bench, store, snapshot, config)
             alone = _loader_alone(bench, feed)
             yield {"what": "the loader alone, to the CPU's memory", "value": alone, "unit": "clips/s",
                    "note": f"{alone / synthetic:.1f} times the training; 3 are asked"}  # fmt: skip
         finally:
             feed.close()
+
+
+def _coded(bench: Bench, store: avstore.Store, snapshot: Any, config: RunConfig) -> Iterator[Row]:
+    """What `jpeg=auto` measures and chooses: clips a second read, decoded and on the device, by each way there is. On a
+    CPU libjpeg-turbo stands in for a device."""
+    device = torch.device(bench.device)
+    plan = data.Plan(len(snapshot.numbers), config)
+    stand_in: Any = None if bench.cuda else {"stand-in": device_jpeg.make("cpu", device)}
+    feed = data.Feed(store, snapshot, config.replace(jpeg="auto"), device, plan, decoders=stand_in)
+    try:
+        rate = data.clips_per_second(feed.loader, device)
+        yield {"what": f"loader to the device, jpeg=auto: {feed.jpeg.decoder}", "value": rate, "unit": "clips/s",
+               "note": feed.jpeg.why}  # fmt: skip
+    finally:
+        feed.close()
 
 
 def _kept(batch: Any) -> Any:

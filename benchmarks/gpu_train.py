@@ -18,8 +18,10 @@ from avstore.errors import AvstoreError
 from benchmarks.gpu import Bench, Row, rate
 from trainers import checkpoint
 from trainers.backbones import video_net
+from trainers.compiled import begin_part, compile_networks
 from trainers.config import TrainConfig
 from trainers.optimiser import channels_last, make_optimiser
+from trainers.process import kernels
 
 ANCHORS = {(16, 112): "published: 425-537 clips/s on an H100 (R3D-18, batch 16, bf16, cached data)"}
 
@@ -59,12 +61,13 @@ def multiplications(module: nn.Module, x: Tensor) -> int:
     return total
 
 
-def stepper(bench: Bench, module: nn.Module, x: Tensor, bf16: bool) -> Callable[[], None]:
-    """One training step: forward, backward, fused SGD."""
+def stepper(bench: Bench, module: nn.Module, x: Tensor, bf16: bool, how: Any = "") -> Callable[[], None]:
+    """One training step: forward, backward, fused SGD. how: `compile=` of the module's networks."""
     optimiser = torch.optim.SGD(module.parameters(), 1e-3, momentum=0.9, fused=True)
 
     def step() -> None:
         optimiser.zero_grad(set_to_none=True)
+        begin_part(how)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
             loss = module(x).float().square().mean()
         loss.backward()
@@ -74,27 +77,35 @@ def stepper(bench: Bench, module: nn.Module, x: Tensor, bf16: bool) -> Callable[
 
 
 def train_rates(bench: Bench, kinds: Sequence[str]) -> Iterator[Row]:
-    """Clips a second for each (frames, side) and kind: fp32 (torch: convolutions in TF32), bf16, bf16 compiled."""
+    """Clips a second for each (frames, side) and kind: fp32 (torch: convolutions in TF32), bf16, "bf16 compile",
+    "bf16 graphs" (as `compile=` of a run)."""
+    with kernels(torch.device(bench.device), False):
+        yield from _train_rates(bench, kinds)
+
+
+def _train_rates(bench: Bench, kinds: Sequence[str]) -> Iterator[Row]:
     for frames, side in bench.size.clips:
-        torch.manual_seed(0)
         batch = max(1, bench.size.batch * 16 * 112**2 // max(frames * side**2, 16 * 112**2))
-        module: nn.Module = Head(bench.size.width).to(bench.device)
-        channels_last(module)
+        module = _head(bench)
         x = torch.randn(batch, 3, frames, side, side, device=bench.device)
         x = x.contiguous(memory_format=torch.channels_last_3d)
         flops = 6 * multiplications(module, x[:1]) / 1e12  # forward, and twice that backward; 2 for each
         for kind in kinds:
             row: Row = {"what": f"{frames} x {side}², batch {batch}, {kind}", "unit": "clips/s"}
-            if kind.endswith("compiled") and not bench.cuda:
-                yield {**row, "note": "not on a CPU"}
+            precision, _, how = kind.partition(" ")
+            if how and not bench.cuda:
+                yield {**row, "note": "not on a CPU: avstore bench step --only compiled"}
                 continue
             ceiling = bench.limits.get(
                 "matmul-bf16" if "bf16" in kind else "matmul-tf32", bench.limits.get("matmul-fp32")
             )
             try:
                 torch.cuda.reset_peak_memory_stats() if bench.cuda else None
-                run: Any = torch.compile(module) if "compiled" in kind else module
-                value = rate(bench, stepper(bench, run, x, "bf16" in kind), batch)
+                if how:
+                    torch.compiler.reset()  # or the second shape would be compiled for any shape
+                    module = _head(bench)
+                    compile_networks(module, how, x.device)  # type: ignore[arg-type]
+                value = rate(bench, stepper(bench, module, x, precision == "bf16", how), batch)
             except (torch.cuda.OutOfMemoryError, RuntimeError) as e:
                 yield {**row, "note": f"{type(e).__name__}: {' '.join(str(e).split())[:120]}"}
                 continue
@@ -104,6 +115,13 @@ def train_rates(bench: Bench, kinds: Sequence[str]) -> Iterator[Row]:
             if (frames, side) in ANCHORS and kind != "fp32":
                 note += f"; {ANCHORS[frames, side]}"
             yield {**row, "value": value, "limit": ceiling / flops if ceiling else None, "note": note}
+
+
+def _head(bench: Bench) -> nn.Module:
+    torch.manual_seed(0)
+    module = Head(bench.size.width).to(bench.device)
+    channels_last(module)
+    return module
 
 
 class _Net(nn.Module):

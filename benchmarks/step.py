@@ -71,7 +71,7 @@ def run(
     device: str = "auto",
     progress: Progress | None = None,
 ) -> list[Table]:
-    """The tables of PARTS (or of `only` these), in their order.
+    """The tables of PARTS (or of `only` these), in their order; those of ON_REQUEST only by name.
 
     method, preset, sets: what is trained, as `avstore train`. kinds: of BANKS, for mining; default all. bank: a run
     (folder or name) whose trained bank is mined too. threads: of torch; 0: as it chooses.
@@ -87,11 +87,11 @@ def run(
     if min(sizes.rows, sizes.rounds, sizes.steps, sizes.queries, *sizes.banks, *sizes.mining) < 1:
         raise UsageError("nothing to measure", f"{sizes}", "every size is at least 1")
     told = progress or (lambda stage, done, total: None)
-    config = resolve(method, preset=preset, sets=[*sets, "compile=false"])
+    config = resolve(method, preset=preset, sets=[*sets, "compile=off"])
     where = choose_device(device)
     with thread_count(threads):
         asked = _Asked(config, sizes, where, tuple(kinds) or tuple(BANKS), bank, told)
-        return [PARTS[name](asked) for name in PARTS if not only or name in only]
+        return [PARTS[name](asked) for name in PARTS if (name in only if only else name not in ON_REQUEST)]
 
 
 @dataclass(frozen=True)
@@ -410,4 +410,13 @@ def _machine(device: torch.device) -> str:
     return f"{name}, {said['threads']} threads, torch {said['torch']}"
 
 
-PARTS: dict[str, Callable[[_Asked], Table]] = {"overhead": overhead, "rates": rates, "bank": memory, "mining": mining}
+def _compiled(asked: _Asked) -> Table:
+    from benchmarks.step_compiled import compiled
+
+    return compiled(asked)
+
+
+PARTS: dict[str, Callable[[_Asked], Table]] = {
+    "overhead": overhead, "rates": rates, "compiled": _compiled, "bank": memory, "mining": mining,
+}  # fmt: skip
+ON_REQUEST = ("compiled",)  # compiling takes minutes on a CPU

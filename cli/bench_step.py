@@ -15,7 +15,8 @@ def step(
     preset: Annotated[str, typer.Option(help="small, tiny, paper.")] = "small",
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="k=v", help="One setting; repeatable.")] = None,
     only: Annotated[
-        list[str] | None, typer.Option(help="overhead, rates, bank, mining; repeatable. Default: all.")
+        list[str] | None,
+        typer.Option(help="overhead, rates, bank, mining, compiled; repeatable. Default: all but compiled."),
     ] = None,
     rounds: Annotated[int, typer.Option(help="In each, everything that is compared runs once.")] = 3,
     mine: Annotated[

@@ -26,6 +26,7 @@ INSTALL = {  # what to type for a check that is not ok; shown beneath it, and `i
     "cuda": "a torch built for CUDA: pytorch.org tells the line that fits your driver",
     "nvdec": "in a container: NVIDIA_DRIVER_CAPABILITIES=compute,utility,video; else NVIDIA's whole driver",
     "dali": "pip install 'avstore[gpu]'  (nvidia-dali-cuda130, or -cuda120 beside a torch for CUDA 12)",
+    "compile": "on a CPU g++ (on Debian and Ubuntu: apt install g++), on CUDA triton, which comes with torch",
     "nvimagecodec": "pip install 'nvidia-nvimgcodec-cu13[all]'  (-cu12 for CUDA 12); without it JPEG is the CPU's",
 }
 
@@ -48,6 +49,7 @@ def doctor(
         ("nvdec", _nvdec),
         ("dali", _dali),
         ("nvimagecodec", _nvimagecodec),
+        ("compile", _compile),
         ("shared memory", _memory),
         ("cpu", _cpu),
         ("disk", lambda: _disk(folder)),
@@ -217,10 +219,24 @@ def _nvdec() -> tuple[str, str]:
 def _nvimagecodec() -> tuple[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
-    for name in ("nvidia-nvimgcodec-cu13", "nvidia-nvimgcodec-cu12"):
+    for name, needed in (("nvidia-nvimgcodec-cu13", "nvidia-nvjpeg"), ("nvidia-nvimgcodec-cu12", "nvidia-nvjpeg-cu12")):
         with contextlib.suppress(PackageNotFoundError):
-            return "ok", f"{name} {version(name)}: --decode dali-nvjpeg encodes JPEG on the device"
-    return "none", "not installed: JPEG is encoded on the CPU"
+            found = f"{name} {version(name)}"
+            try:
+                return "ok", f"{found}, {needed} {version(needed)}: --decode dali-nvjpeg, train --set jpeg=auto"
+            except PackageNotFoundError:
+                return "none", f"{found} without {needed}: JPEG stays on the CPU"
+    return "none", "not installed: JPEG is encoded and decoded on the CPU"
+
+
+def _compile() -> tuple[str, str]:
+    import torch
+
+    from trainers.compiled import why_not
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    missing = why_not(device)
+    return ("ok", f"train --set compile=compile works on {device}") if missing is None else ("none", missing)
 
 
 def _memory() -> tuple[str, str]:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from avstore.errors import UsageError
 from benchmarks import step
+from trainers.compiled import why_not
 from trainers.loop import train
 
 SETS = ("width=4", "hidden=8", "dim=8", "size=32", "frames=4", "seconds=0.5", "batch=4", "negatives=8", "threads=1")
@@ -23,6 +24,18 @@ def test_loop_and_rates() -> None:
     assert over.rows[0]["above"] == 0 and all(r["ms"] > 0 and r["clips/s"] > 0 for r in over.rows)
     assert "above forward and backward; the bar is 5 %" in over.notes[0]
     assert [r["form"] for r in rates.rows] == list(step.FORMS) and rates.rows[0]["times"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # of torch's own compiler
+def test_compiled_steps() -> None:
+    missing = why_not(torch.device("cpu"))
+    (table,) = step.run("avid", sets=SETS, sizes=TOY, only=["compiled"], threads=1)
+    rows = {r["compile"]: r for r in table.rows}
+    assert list(rows) == (["off", "graphs", "compile"] if missing else ["off", "compile", "graphs"])
+    assert rows["off"]["times"] == 1 and rows["graphs"]["note"] == "not on a CPU"
+    if missing is None:
+        assert rows["compile"]["clips/s"] > 0 and rows["compile"]["losses apart"] < 1e-2
 
 
 @pytest.mark.parametrize("name", ["crisscross", "supervised"])

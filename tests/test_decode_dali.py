@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ingest_media import SPEC as SMALL
 
-from avstore import children, crew, dali, decode_dali, decode_pyav, worker
+from avstore import children, crew, dali, decode_dali, decode_pyav, frontends, worker
 from avstore.codecs import encode_jpeg
 from avstore.decode_dali import Device, Unfit, colour_mix, lay, psnr
 from avstore.encode import encode_batch
@@ -272,6 +272,43 @@ def test_the_second_try_of_a_file_that_killed_its_child_is_pyavs(tmp_path: Path)
     assert header["facts"]["decoder"] == "pyav" and "ended with this file" in header["facts"]["fallback"]
     header, _ = worker.answer({**job, "device": True}, spec, TwinDevice())
     assert header["facts"]["decoder"] == "dali" and header["facts"]["fallback"] is None
+
+
+def test_spectrograms_are_computed_where_the_pictures_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the device for what it decoded, on the CPU for what fell back; a device that fails costs the video one try."""
+    name = "crisscross-mel80"
+    spec = Spec(height=32, width=48, fps=8, sample_rate=16000, front_ends=(name,))
+    asked: list[str] = []
+    broken = False
+    compute = frontends.spectrogram_rows
+
+    def on(waveform: np.ndarray, front_end: str, rate: int, device: str = "cpu") -> np.ndarray:
+        asked.append(device)
+        if broken and device != "cpu":
+            raise RuntimeError("CUDA error: an illegal memory access")
+        return compute(waveform, front_end, rate)
+
+    monkeypatch.setattr(frontends, "spectrogram_rows", on)
+
+    def answer(path: Path, device: Any) -> tuple[dict[str, Any], list[bytes]]:
+        job = {"kind": "decode", "path": str(path), "spool": str(tmp_path / "spool"), "slot": 2, "start": None,
+               "end": None, "device": True}  # fmt: skip
+        header, body = worker.answer(job, spec, device)
+        assert body is not None, header
+        return header["facts"], [bytes(body[a : a + n]) for a, n in header["index"]["spectrograms"][name]]
+
+    device = TwinDevice()
+    device.sound_on = "cuda:3"
+    path, old = make_clip(tmp_path / "a.mp4", seconds=0.7), make_clip(tmp_path / "b.mpg", seconds=0.7)
+    _, plain = answer(path, None)
+    facts, rows = answer(path, device)
+    assert facts["decoder"] == "dali" and asked == ["cpu", "cuda:3"] and rows == plain
+    facts, _ = answer(old, device)
+    assert facts["decoder"] == "pyav" and asked.pop() == "cpu"
+    broken = True
+    facts, rows = answer(path, device)
+    assert facts["decoder"] == "pyav" and rows == plain and asked[-2:] == ["cuda:3", "cpu"]
+    assert facts["fallback"] == f"{name} on the device: CUDA error: an illegal memory access"
 
 
 def test_choosing(monkeypatch: pytest.MonkeyPatch) -> None:

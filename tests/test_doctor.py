@@ -13,7 +13,7 @@ from cli import doctor
 from cli.main import app
 from trainers import search
 
-GPU = ("driver", "cuda", "nvdec", "dali", "nvimagecodec")
+GPU = ("driver", "cuda", "nvdec", "dali", "nvimagecodec", "compile")
 
 
 def test_every_gpu_check_is_there_and_says_what_to_install(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from trainers.prefetch import Ahead, ahead, tensors_of
+from avstore.errors import CorruptError
+from trainers.prefetch import Ahead, ahead, look_ahead, tensors_of
 
 
 @dataclass
@@ -88,14 +89,21 @@ def test_one_batch_is_launched_ahead_and_waited_for_by_the_stream() -> None:
     feed = Feed(3, cuda.log, cuda.now)
     fed = Ahead(feed, cuda.side, lambda: True, cuda)
     assert next(fed).number == 0
+    cuda.log.append("compute 0")
+    assert look_ahead(fed) > 0
+    look_ahead(fed)  # one ahead, not two
+    assert next(fed).number == 1
     assert cuda.log == [
-        "side waits for compute",
+        "side waits for compute",  # once: a copy that waits for the backward pass would not run beside it
         "launch 0 on side",
         "compute waits for event 1",
-        "side waits for compute",
+        "compute 0",
         "launch 1 on side",
+        "compute waits for event 2",
     ]
-    assert [b.number for b in fed] == [1, 2] and fed.early == 2
+    look_ahead(fed)
+    assert [b.number for b in fed] == [2] and fed.early == 2
+    look_ahead(fed)
     with pytest.raises(StopIteration):
         next(fed)
     assert fed.order == "of the feed"
@@ -107,8 +115,31 @@ def test_a_batch_that_is_not_ready_is_not_waited_for() -> None:
     cuda = Cuda()
     fed = Ahead(Feed(3, cuda.log, cuda.now), cuda.side, lambda: False, cuda)
     next(fed)
+    look_ahead(fed)
     assert [line for line in cuda.log if "launch" in line] == ["launch 0 on side"]
     assert [b.number for b in fed] == [1, 2] and fed.early == 0
+
+
+def test_the_error_of_a_coming_batch_waits_until_it_is_asked_for() -> None:
+    cuda = Cuda()
+
+    class Breaks(Feed):
+        def __next__(self) -> Fed:
+            if self.left == [1]:
+                raise CorruptError("video 7 is damaged", "the checksum differs")
+            return super().__next__()
+
+    fed = Ahead(Breaks(2, cuda.log, cuda.now), cuda.side, lambda: True, cuda)
+    assert next(fed).number == 0
+    look_ahead(fed)  # this step is not to blame
+    for _ in range(2):
+        with pytest.raises(CorruptError, match="video 7"):
+            next(fed)
+
+
+def test_looking_ahead_of_a_plain_feed_does_nothing() -> None:
+    feed = Feed(2, [], ["compute"])
+    assert look_ahead(feed) == 0 and feed.left == [0, 1]
 
 
 def test_an_empty_feed_ends() -> None:

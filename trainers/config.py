@@ -52,13 +52,14 @@ class TrainConfig:
     accumulate: int = 1  # [ours] parts in which a batch goes through the nets (batch statistics are of a part)
     distinct: bool = False  # [ours] no two clips of one video in a batch
     drop_last: bool = False  # [ours] leave out an epoch's last, short batch
-    seed: int = 0
-    crop_area: tuple[float, float] = (0.08, 1.0)  # [C] AVID: random resized crop, share of the picture
+    seed: int = 0  # [ours]
+    crop: Literal["resized", "random"] = "resized"  # [C] AVID; random: at the scale of evaluation's crop, any place
+    crop_area: tuple[float, float] = (0.08, 1.0)  # [C] AVID: of a resized crop, share of the picture
     flip: float = 0.5  # [C] AVID
     brightness: float = 0.4  # [C] AVID: colour jitter
-    contrast: float = 0.4  # [C]
-    saturation: float = 0.4  # [C]
-    hue: float = 0.2  # [C]
+    contrast: float = 0.4  # [C] AVID
+    saturation: float = 0.4  # [C] AVID
+    hue: float = 0.2  # [C] AVID
     gray: float = 0.0  # [ours] off; share of clips that lose their colour (CrissCross 0.2)
     blur: float = 0.0  # [ours] off; share of clips blurred, sigma 0.1 to 2 pixels (CrissCross 0.5)
     cutout: int = 0  # [ours] off; side in pixels of a square that is blanked (CrissCross 20)
@@ -70,11 +71,13 @@ class TrainConfig:
     statistics_clips: int = 512  # [ours] sound windows of the selection from which the bins' mean and deviation come
     precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"  # [ours] auto: bf16 where the hardware multiplies it
     channels_last: bool = True  # [ours]
-    compile: bool = False  # [ours] torch.compile
+    compile: Literal["off", "compile", "graphs"] = "off"  # [ours] torch.compile of the networks; graphs: in CUDA graphs
     device: str = "auto"  # [ours] auto: CUDA where there is a device, else the CPU
     threads: int = 0  # [ours] of torch on a CPU; 0: as torch chooses
     decode_threads: int = 0  # [ours] of the reader; 0: the loader's choice
     in_process: bool = False  # [ours] decode in threads of this process instead of a reader process
+    jpeg: Literal["cpu", "device", "auto"] = "cpu"  # [ours] who decodes pictures; auto: the faster, measured at start
+    deterministic: bool = False  # [ours] on CUDA: kernels that give the same bits each time, instead of the fastest
     log_every: int = 10  # [ours] steps between lines of metrics.jsonl
     checkpoint_every: int = 500  # [ours] steps between checkpoints; one more at the end, and when interrupted
     keep_last: int = 2  # [ours] newest checkpoints that stay
@@ -127,7 +130,7 @@ class TrainConfig:
             wrong.append("nesterov needs a momentum above 0")
         if self.batch % self.accumulate:
             wrong.append(f"batch {self.batch} does not divide into {self.accumulate} parts (accumulate)")
-        for name in ("optimiser", "schedule", "precision"):
+        for name in ("optimiser", "schedule", "crop", "precision", "compile", "jpeg"):
             options = typing.get_args(typing.get_type_hints(type(self))[name])
             if getattr(self, name) not in options:
                 wrong.append(f"{name} {getattr(self, name)!r}: {did_you_mean(getattr(self, name), options)}")
@@ -145,6 +148,7 @@ FREE = frozenset(
         "threads",
         "decode_threads",
         "in_process",
+        "deterministic",
         "log_every",
         "checkpoint_every",
         "keep_last",
@@ -155,8 +159,15 @@ FREE = frozenset(
 # was made without them has these values, whatever the method's are today.
 LATER: dict[str, Any] = {
     "nesterov": False, "gray": 0.0, "blur": 0.0, "cutout": 0, "time_mask": 0.0, "freq_mask": 0.0, "larc": 0.0,
-    "final_rate": 0.0, "predictor_rate": 0.0, "sound_crop": (),
+    "final_rate": 0.0, "predictor_rate": 0.0, "sound_crop": (), "jpeg": "cpu",
+    "crop": "resized",
 }  # fmt: skip
+LATER_OF: dict[str, dict[str, Any]] = {  # and of a method alone
+    "l3": {"max_offset": 0.0}, "xdc": {"whiten": 0, "feature_momentum": 0.0}, "listen-to-look": {"teacher_rate": 0.0},
+    "temporal": {"own_positives": True},
+}  # fmt: skip
+# Values that had another name: runs of before are read, and keep their digest.
+FORMER: dict[str, dict[Any, Any]] = {"compile": {False: "off", True: "compile"}}
 # Keys that belong to one stage of a method with stages; all others, where both stages have them, go to both.
 OF_A_STAGE = frozenset(
     {
@@ -178,7 +189,7 @@ OF_A_STAGE = frozenset(
     }
 )
 
-# What a preset says to the loop and, where a method's file has no preset of that name, to its keys.
+# What a preset says to the loop, beside what the method's file says.
 LOOP_PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "small": {"checkpoint_every": 200},
@@ -193,7 +204,9 @@ LOOP_PRESETS: dict[str, dict[str, Any]] = {
         "hue": 0.0,
     },
 }
-SMALL: dict[str, Any] = {  # a CPU within the hour, or a GPU in minutes [ours]
+# Preset small of a method whose file has none, and whose networks are AVID's by depth (`video_depth`): a CPU within the
+# hour, or a GPU in minutes [ours]. Other networks and losses would want other values.
+SMALL: dict[str, Any] = {
     "video_depth": 10,
     "width": 32,
     "small": True,
@@ -242,7 +255,10 @@ class RunConfig:
     @property
     def digest(self) -> str:
         """16 hex digits over the method and every key that changes a number."""
-        kept = {k: v for k, v in self.values().items() if k not in FREE and not (k in LATER and v == LATER[k])}
+        later = LATER | LATER_OF.get(self.name, {})
+        kept = {k: v for k, v in self.values().items() if k not in FREE and not (k in later and v == later[k])}
+        for key, names in FORMER.items():
+            kept |= {key: before for before, now in names.items() if kept.get(key) == now}
         return hashlib.sha256(canonical_json({"method": self.name, "values": kept})).hexdigest()[:16]
 
     @classmethod
@@ -258,8 +274,9 @@ class RunConfig:
                 "use the avstore that made it, or start a new run with --run",
             )
         hints = _hints(base)
-        given = {k: v for k, v in LATER.items() if k in known}
-        given |= {k: typed(k, v, hints[k]) for k, v in value["values"].items()}
+        given = {k: v for k, v in (LATER | LATER_OF.get(base.name, {})).items() if k in known}
+        named = {k: FORMER[k].get(v, v) if k in FORMER else v for k, v in value["values"].items()}
+        given |= {k: typed(k, v, hints[k]) for k, v in named.items()}
         done = base.replace(**given)
         return dataclasses.replace(done, preset=value.get("preset"), asked=frozenset(value.get("asked", ())))
 
@@ -327,22 +344,22 @@ def resolve_stage(
 
 def preset_names(name: str) -> list[str]:
     """Presets that `name` can be trained with."""
-    return sorted({*method(name).load().presets, *LOOP_PRESETS})
+    file = method(name).load()
+    own = {f.name for f in dataclasses.fields(file.config)}
+    return sorted({*file.presets, *({"small"} if own >= SMALL.keys() else ())})
 
 
 def preset_of(name: str, preset: str | None) -> RunConfig:
     """A preset of a method as it is, without anything the user said; None: the paper's values."""
     file = method(name).load()
     chosen = "paper" if preset is None else preset
-    if chosen not in file.presets and chosen not in LOOP_PRESETS:
+    if chosen not in preset_names(name):
         raise UsageError(f"{name} has no preset {chosen!r}", did_you_mean(chosen, preset_names(name)))
     own = file.presets.get(chosen, file.presets["paper"])
     base = RunConfig(name, own, TrainConfig()).replace()  # the method's values into the loop's keys
     extra = dict(LOOP_PRESETS.get(chosen, {}))
     if chosen not in file.presets:
-        if chosen != "small":
-            raise UsageError(f"{name} has no preset {chosen!r}", did_you_mean(chosen, file.presets))
-        extra |= {k: v for k, v in SMALL.items() if k in base.values()}
+        extra |= SMALL
     mine = {f.name for f in dataclasses.fields(own)}
     if chosen in file.presets:
         extra = {k: v for k, v in extra.items() if k not in mine}  # what the method's file says stands

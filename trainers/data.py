@@ -9,8 +9,10 @@ run here, on the batch, on the device. A clip without picture or sound is zeros 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,14 +20,25 @@ import torch
 from torch import Tensor
 
 from avstore import draws
-from avstore.augment import CROP_NUMBERS, SOUND_NUMBERS, VideoAugment, centre_crop, crop_rows, mask_bands, sound_gain
+from avstore.augment import (
+    CROP_NUMBERS,
+    SOUND_NUMBERS,
+    VideoAugment,
+    centre_crop,
+    crop_rows,
+    mask_bands,
+    sound_gain,
+    there,
+)
 from avstore.errors import ConflictError, UsageError
 from avstore.frontends import apply_clip_floor, gain_rows, named, spectrogram
 from avstore.loader import Loader
+from avstore.packed import Decode
 from avstore.sampler import Order, SequentialOrder
 from avstore.selection import Selection
 from avstore.views import Views
 from avstore.windows import to_samples
+from trainers import jpeg_choice
 from trainers.batch import Batch
 from trainers.config import RunConfig
 from trainers.fit import needs_of, policy_of
@@ -151,10 +164,22 @@ class Feed(Iterator[Fed]):
     Windows are cut by the method's policy (`avstore.views`); each is augmented `needs.copies` times. View k of a clip
     with V views draws as clip (video, draw * V + k): so every view has numbers of its own, and with one view they are
     those of (video, draw).
+
+    jpeg: who decoded the pictures of the checkpoint that the run goes on from; `self.jpeg` says who does now
+    (`jpeg_choice.Choice`). decoders: instead of those of `device_jpeg.available`, by name.
     """
 
     def __init__(
-        self, store: Store, snapshot: Snapshot, config: RunConfig, device: torch.device, plan: Plan, start: int = 0
+        self,
+        store: Store,
+        snapshot: Snapshot,
+        config: RunConfig,
+        device: torch.device,
+        plan: Plan,
+        start: int = 0,
+        *,
+        jpeg: str | None = None,
+        decoders: dict[str, Decode | str] | None = None,
     ) -> None:
         needs, loop, rate = needs_of(config), config.loop, store.spec.sample_rate
         policy = policy_of(config, rate)
@@ -166,6 +191,7 @@ class Feed(Iterator[Fed]):
         if needs.picture:
             self.augment = VideoAugment(
                 size=needs.size,
+                crop=loop.crop,
                 area=loop.crop_area,
                 flip=loop.flip,
                 brightness=loop.brightness,
@@ -180,7 +206,8 @@ class Feed(Iterator[Fed]):
         if needs.labels:
             names = {name: i for i, name in enumerate(snapshot.labels or ())}
             self.labels = np.array([names.get(str(x), -1) for x in store.column("label", snapshot.numbers)], np.int64)
-        self.loader = open_loader(
+        opens = partial(
+            open_loader,
             store,
             snapshot.numbers,
             needs,
@@ -192,6 +219,17 @@ class Feed(Iterator[Fed]):
             stored=loop.stored_spectrograms,
             device=device,
         )
+        first = start * plan.accumulate
+
+        def measure(decode: Decode | None) -> float:
+            with opens(decode=decode) as loader:
+                return clips_per_second(loader, device, first)
+
+        unfit = None if not needs.picture else why_not_coded(store, needs)
+        self.jpeg = jpeg_choice.choose(
+            loop.jpeg if needs.picture else "cpu", device, measure, unfit=unfit, kept=jpeg, candidates=decoders
+        )
+        self.loader = opens(decode=self.jpeg.decode)
         self._steps = self.loader.steps(start * plan.accumulate, plan.total_steps * plan.accumulate)
 
     def __next__(self) -> Fed:
@@ -211,7 +249,7 @@ class Feed(Iterator[Fed]):
             share = torch.where(on["has_sound"], share, 0)
             if self.views > 1:
                 share = share.reshape(len(raw), self.windows).repeat_interleave(self.copies, 1)
-        labels = None if self.labels is None else torch.from_numpy(self.labels[raw.row]).to(self.device)
+        labels = None if self.labels is None else there(self.labels[raw.row], self.device)
         batch = Batch(
             row=on["row"].clone(),
             # positions go on over the epochs, so that the parts of one optimiser step never share one
@@ -254,7 +292,7 @@ class Feed(Iterator[Fed]):
             draw = raw.draw * self.views + k
             u = draws.uniform(loop.seed, "augment-sound", raw.epoch, raw.row, draw, SOUND_NUMBERS + CROP_NUMBERS)
             if loop.sound_gain:
-                gain = torch.from_numpy(sound_gain(u[..., 0], loop.sound_gain)).to(self.device)
+                gain = there(sound_gain(u[..., 0], loop.sound_gain), self.device)
             if loop.time_mask or loop.freq_mask or loop.sound_crop:
 
                 def mask(rows: Tensor) -> Tensor:
@@ -290,14 +328,16 @@ def open_loader(
     in_process: bool = False,
     stored: bool = False,
     device: torch.device | None = None,
+    decode: Decode | None = None,
 ) -> Loader:
     """A loader of the clips that `needs` asks for. Frames are decoded at the smallest of the stored size's halvings
-    whose centre crop still has `size` pixels. threads 0: one per spare core, at most 8."""
+    whose centre crop still has `size` pixels. threads 0: one per spare core, at most 8. decode: pictures stay JPEG
+    until they are on the device (`avstore.packed`)."""
     spec = store.spec
     frames = needs.frames if needs.picture else 0
     size = None
     if frames and spec.codec == "jpeg":
-        scale = max(k for k in (1, 2, 4, 8) if k == 1 or spec.height // k * 7 >= needs.size * 8)
+        scale = scale_of(spec.height, needs.size)
         size = (spec.height // scale, spec.width // scale)
     samples = to_samples(needs.seconds, spec.sample_rate) if needs.sound else 0
     if stored and needs.front_end is not None and needs.front_end not in store.front_ends:
@@ -320,7 +360,41 @@ def open_loader(
         threads=threads or max(1, min(8, (os.cpu_count() or 1) - 1)),
         in_process=in_process,
         device=device,
+        decode=decode,
     )
+
+
+def scale_of(height: int, size: int) -> int:
+    """The largest of 1, 2, 4, 8 by which frames of `height` lines can be divided for crops of `size` pixels."""
+    return max(k for k in (1, 2, 4, 8) if k == 1 or height // k * 7 >= size * 8)
+
+
+def why_not_coded(store: Store, needs: Needs) -> str | None:
+    """Why the pictures of this store cannot go to a device as JPEG; None where they can."""
+    if store.spec.codec != "jpeg":
+        return f"the frames of {store.path} are stored {store.spec.codec}"
+    scale = scale_of(store.spec.height, needs.size)
+    if scale > 1:
+        return f"frames of {store.spec.height} lines are read at 1/{scale} of their size, only the CPU's decoder does that"
+    return None
+
+
+MEASURED = 6  # batches of each way to decode; the first only warms up
+
+
+def clips_per_second(loader: Loader, device: torch.device, first: int = 0) -> float:
+    """Clips a second that come out of a loader and lie on `device` as tensors: the batches from `first` on, the device
+    waited for at each."""
+    clips, began = 0, 0.0
+    for k, batch in enumerate(loader.steps(first, first + MEASURED)):
+        batch.tensors(device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        if k:
+            clips += len(batch)
+        else:
+            began = time.perf_counter()
+    return clips / max(time.perf_counter() - began, 1e-9)
 
 
 def dtype_of(precision: str) -> torch.dtype:

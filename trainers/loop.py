@@ -34,12 +34,13 @@ from trainers import checkpoint as checkpoints
 from trainers import data, distributed, fit
 from trainers.bank import MemoryBank
 from trainers.batch import Batch
+from trainers.compiled import begin_part, compile_networks
 from trainers.config import RunConfig, resolve_stage
 from trainers.encoders import has_local_batch_norm
 from trainers.methods import method as find_method
 from trainers.metrics import MetricLog
 from trainers.optimiser import channels_last, learning_rate_at, make_optimiser
-from trainers.prefetch import ahead
+from trainers.prefetch import ahead, look_ahead
 from trainers.process import agreed, choose_precision, interrupts, processes, thread_count
 from trainers.run import OpenRun, Run, build, find_run, require_same
 from trainers.snapshot import Snapshot, take_snapshot
@@ -72,6 +73,7 @@ class Result:
 
 
 OnEvent = Callable[[Event], None]
+EPOCH = "epoch/"  # before the names of what `start_epoch` told
 
 
 def _silent(event: Event) -> None:
@@ -205,11 +207,16 @@ class Trainer:
             self.method = nn.SyncBatchNorm.convert_sync_batchnorm(self.method)
         for text in bind_teachers(self.method, store, snapshot, device, data.dtype_of(self.precision)):
             on_event(Event("note", name, text=text))
+        compiled = compile_networks(self.method, loop.compile, device, distributed.world())
+        if loop.compile != "off":
+            names = ", ".join(compiled) or "no network"
+            on_event(Event("note", name, text=f"compile={loop.compile}: {names}"))
         self.contract: Any = self.method  # the same, for what nn.Module does not declare
         self.optimiser = make_optimiser(self.method, loop)
         self.model: Callable[[Batch], tuple[Tensor, dict[str, Any]]] = self.method
         self.store, self.done = store, 0
         self._epoch: int | None = None
+        self.jpeg: str | None = None  # who decodes the pictures, where it is not the reader; at first the checkpoint's
 
     def at_end(self) -> bool:
         found = checkpoints.list_checkpoints(self.path / "checkpoints")
@@ -228,14 +235,17 @@ class Trainer:
         self.on_event(Event("start", self.name, self.done, self.total, self._words(bool(found))))
         log = MetricLog(self.path, self.done) if chief else None
         wrapped = self._wrap()
-        feed = ahead(
-            data.Feed(self.store, self.snapshot, self.config, self.device, self.plan, self.done), self.device
-        )
+        kept = (self.jpeg or "cpu") if found else None
+        source = data.Feed(self.store, self.snapshot, self.config, self.device, self.plan, self.done, jpeg=kept)
+        self.jpeg = source.jpeg.decoder if source.jpeg.decode is not None else None
+        if source.jpeg.why:
+            self.on_event(Event("note", self.name, self.done, self.total, source.jpeg.why))
+        feed = ahead(source, self.device)
         meter = Meter(distributed.world())
         try:
             while self.done < self.total:
                 values = self.step(feed, meter)
-                if self.done % self.loop.log_every == 0 or self.done == self.total:
+                if self._line_is_due(values):
                     line = meter.line(values, self.device)
                     if log is not None:
                         log.write(self.done, line)
@@ -259,6 +269,14 @@ class Trainer:
                 del wrapped
                 gc.collect()  # the wrapper goes before its process group, or gloo may abort at exit
 
+    def _line_is_due(self, values: Mapping[str, Any]) -> bool:
+        """Whether this step is logged: each `log_every`-th, the last of an epoch and of the run, and, whatever the
+        interval, the one before which an epoch began and the method told something of it (`epoch/...`)."""
+        told = any(name.startswith(EPOCH) for name in values)
+        parts = self.plan.order.batches  # of an epoch; a step takes `accumulate` of them, across its end where need be
+        ends = self.done * self.loop.accumulate // parts != (self.done - 1) * self.loop.accumulate // parts
+        return told or ends or self.done % self.loop.log_every == 0 or self.done == self.total
+
     def step(self, feed: Iterator[data.Fed], meter: Meter | None = None) -> dict[str, Any]:
         """One optimiser step, on `accumulate` parts of a batch. Returns its metrics."""
         meter = Meter(distributed.world()) if meter is None else meter
@@ -279,10 +297,11 @@ class Trainer:
             start = time.perf_counter()
             if fed.batch.epoch != self._epoch:
                 told = self.contract.start_epoch(fed.batch.epoch)
-                values |= {f"epoch/{k}": v for k, v in told.items()}
+                values |= {f"{EPOCH}{k}": v for k, v in told.items()}
                 self._epoch = fed.batch.epoch
             self._seed_dropout(step, part)
             last = part == loop.accumulate - 1
+            begin_part(loop.compile)
             with self._no_sync(not last), self._autocast():
                 loss, metrics = self.model(fed.batch)
             with self._no_sync(not last):
@@ -292,6 +311,7 @@ class Trainer:
             values["shrunk"] = values.get("shrunk", 0.0) + fed.shrunk / loop.accumulate
             clips += fed.clips
             meter.compute += time.perf_counter() - start
+            meter.prepare += look_ahead(feed)  # while the device computes what was just launched
         start = time.perf_counter()
         norm = nn.utils.get_total_norm([p.grad for p in self.method.parameters() if p.grad is not None])
         loss_value, norm_value = torch.stack([torch.stack(losses).mean().double(), norm.double()]).tolist()
@@ -319,6 +339,7 @@ class Trainer:
                 "config": self.config.digest,
                 "loss": float(values["loss"]),
                 "precision": self.precision,
+                **({"jpeg": self.jpeg} if self.jpeg else {}),
             }
             done = checkpoints.save(
                 self.path / "checkpoints",
@@ -336,7 +357,7 @@ class Trainer:
     def resume(self, checkpoint: checkpoints.Checkpoint) -> None:
         """Goes back to a checkpoint of this run. What keeps the rest from being equal to the bit is told."""
         state = checkpoints.load(checkpoint, self.method, self.optimiser)
-        self.done = int(state["step"])
+        self.done, self.jpeg = int(state["step"]), state.get("jpeg")
         if int(state["total_steps"]) != self.total:
             raise ConflictError(
                 f"{checkpoint.path} is of a run of {state['total_steps']} steps",
@@ -391,13 +412,12 @@ class Trainer:
     # -- pieces -------------------------------------------------------------------------------------------------
 
     def _wrap(self) -> nn.Module | None:
-        """The callable of a step: compiled, and wrapped for several processes."""
-        module: Any = torch.compile(self.method) if self.loop.compile else self.method
+        """The callable of a step, wrapped for several processes."""
         if distributed.world() == 1:
-            self.model = module
+            self.model = self.method
             return None
         wrapped = nn.parallel.DistributedDataParallel(
-            module,
+            self.method,
             device_ids=[self.device.index] if self.device.type == "cuda" else None,
             gradient_as_bucket_view=True,
             find_unused_parameters=bool(getattr(self.method, "unused_parameters", False)),

@@ -1,6 +1,10 @@
 """One batch ahead, on a stream of its own: copies and augmentation of the next batch run beside this step's compute.
 
     feed = ahead(Feed(...), device)
+    for ...:
+        fed = next(feed)
+        ...                     # forward and backward are launched
+        look_ahead(feed)        # the next batch: launched while the device computes, not before it may
 
 The reader's slots are pinned, so that a copy does not block; but on the stream of the compute it would still wait for
 it. Here the next batch is launched on a second stream, and the compute stream waits for an event, not the CPU. Only a
@@ -11,11 +15,14 @@ the feed comes back as it is. Batches, their order and their bits are those of t
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from avstore.errors import AvstoreError
 
 
 def ahead(feed: Any, device: torch.device, ready: Callable[[], bool] | None = None) -> Any:
@@ -30,20 +37,33 @@ def ahead(feed: Any, device: torch.device, ready: Callable[[], bool] | None = No
     return Ahead(feed, torch.cuda.Stream(device), ready)
 
 
+def look_ahead(feed: Any) -> float:
+    """Launches the next batch of an `Ahead` if the reader has it; the seconds that took. Any other feed: nothing."""
+    if not isinstance(feed, Ahead):
+        return 0.0
+    began = time.perf_counter()
+    feed.look_ahead()
+    return time.perf_counter() - began
+
+
 class Ahead(Iterator[Any]):
     """See the top of this file. `stream`: a CUDA stream, or anything with its methods (tests)."""
 
     def __init__(self, feed: Any, stream: Any, ready: Callable[[], bool], cuda: Any = torch.cuda) -> None:
         self.feed, self.stream, self.ready, self.cuda = feed, stream, ready, cuda
+        # what the feed's kernels read (means, labels) was written on the compute stream; once, for it stays as it is:
+        # waiting at each batch would put the copy behind the backward pass that it is to run beside
+        self.stream.wait_stream(self.cuda.current_stream(self.stream.device))
         self._next: tuple[Any, Any] | None = None
+        self._failed: AvstoreError | None = None
         self._ended = False
         self.early = 0  # batches that were launched before they were asked for
 
     def __next__(self) -> Any:
-        if self._next is None:
-            if self._ended:
-                raise StopIteration
+        if self._next is None and self._failed is None and not self._ended:
             self._launch()
+        if self._failed is not None:
+            raise self._failed
         if self._next is None:
             raise StopIteration
         (batch, done), self._next = self._next, None
@@ -51,19 +71,24 @@ class Ahead(Iterator[Any]):
         current.wait_event(done)
         for tensor in tensors_of(batch):
             tensor.record_stream(current)  # or its memory would be given out again while this step still reads it
-        if not self._ended and self.ready():
-            self._launch()
-            self.early += self._next is not None
         return batch
 
+    def look_ahead(self) -> None:
+        """Launches the batch after the one that was given out, if that needs no waiting. Its errors come when it is
+        asked for: the step under way is none of its business."""
+        if self._next is None and self._failed is None and not self._ended and self.ready():
+            self._launch()
+            self.early += self._next is not None
+
     def _launch(self) -> None:
-        # what the feed's kernels read (means, labels) was written on the compute stream
-        self.stream.wait_stream(self.cuda.current_stream(self.stream.device))
         with self.cuda.stream(self.stream):
             try:
                 batch = next(self.feed)
             except StopIteration:
                 self._ended = True
+                return
+            except AvstoreError as e:
+                self._failed = e
                 return
             self._next = batch, self.stream.record_event()
 

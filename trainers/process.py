@@ -32,8 +32,20 @@ def choose_device(asked: str) -> torch.device:
             raise UsageError(
                 "there is no CUDA device", "torch sees none", "avstore doctor says why; or --set device=cpu"
             )
+        several = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1
+        if device.index is not None and several:
+            raise UsageError(
+                f"device={asked} in several processes", "each takes a device of its own", "--set device=cuda"
+            )
         if device.index is None:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        count = torch.cuda.device_count()
+        if device.index >= count:
+            raise UsageError(
+                f"no device {device}: there {'is' if count == 1 else 'are'} {count}",
+                "torchrun started more processes than there are devices" if several else "they count from cuda:0",
+                f"torchrun --nproc-per-node {count}" if several else "--set device=cuda",
+            )
         torch.cuda.set_device(device)
     elif device.type != "cpu":
         raise UsageError(f"device {asked!r}", "training runs on cpu or cuda", "--set device=cpu")
@@ -56,9 +68,12 @@ def processes(config: TrainConfig) -> Iterator[torch.device]:
     inside = dist.is_available() and dist.is_initialized()
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ and not inside
     device = choose_device(config.device)
-    if several:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    if several and device.type == "cuda":
+        dist.init_process_group("nccl", device_id=device)  # named, or barriers guess it
+    elif several:
+        dist.init_process_group("gloo")
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda), kernels(device, config.deterministic):
         try:
             yield device
         except BaseException:
@@ -70,6 +85,29 @@ def processes(config: TrainConfig) -> Iterator[torch.device]:
             gc.collect()
             dist.barrier()
             dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def kernels(device: torch.device, deterministic: bool) -> Iterator[None]:
+    """Which kernels CUDA may take: the fastest that cuDNN finds for each shape, or those that give the same bits each
+    time (where torch has such; it warns of what has none). A CPU's are deterministic already."""
+    if device.type != "cuda":
+        yield
+        return
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.deterministic
+    asked, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it before its first product
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        cudnn.benchmark, cudnn.deterministic = False, True
+    elif not cudnn.deterministic:  # somebody's own wish stands
+        cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        cudnn.benchmark, cudnn.deterministic = before
+        torch.use_deterministic_algorithms(asked, warn_only=warned)
 
 
 @contextlib.contextmanager

@@ -134,11 +134,12 @@ def _by_faiss_gpu(queries: Tensor, keys: Tensor, m: int, budget: int) -> Tensor:
         made = faiss.StandardGpuResources()
         made.setTempMemory(min(budget, 1 << 30))
         _resources[index] = made
-    resources = _resources[index]
-    resources.setDefaultStream(index, torch.cuda.current_stream(keys.device).cuda_stream)
-    found = faiss.knn_gpu(
-        resources, queries.contiguous(), keys.contiguous(), m, metric=faiss.METRIC_INNER_PRODUCT, device=index
-    )[1]  # fmt: skip
+    # for tensors knn_gpu sets FAISS' stream to torch's current one, of the current device
+    with torch.cuda.device(index):
+        found = faiss.knn_gpu(
+            _resources[index], queries.contiguous(), keys.contiguous(), m, metric=faiss.METRIC_INNER_PRODUCT,
+            device=index,
+        )[1]  # fmt: skip
     return found.long()
 
 

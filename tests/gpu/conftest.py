@@ -10,6 +10,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = [item for item in items if "gpu" in item.path.parent.parts]
     for item in here:
         item.add_marker(pytest.mark.gpu)
+        # deterministic=true warns of kernels that torch has no deterministic form of (max pools backwards)
+        item.add_marker(pytest.mark.filterwarnings("ignore:.*does not have a deterministic implementation:UserWarning"))
         if not torch.cuda.is_available():
             built = torch.version.cuda
             why = f"torch {torch.__version__} finds no device" if built else "this torch is built without CUDA"

@@ -9,8 +9,9 @@ import pytest
 import torch
 from tiny_run import store_in
 
+from avstore import device_jpeg
 from avstore.augment import VideoAugment
-from avstore.frontends import FRONT_ENDS, spectrogram
+from avstore.frontends import FRONT_ENDS, SPREAD, spectrogram, spectrogram_rows
 from avstore.loader import Loader
 from avstore.sampler import Order
 from avstore.views import AvidView
@@ -37,6 +38,37 @@ def test_pinned_slots_are_copied_before_they_are_used_again(tmp_path: Path, devi
             got.append((on["frames"], on["waveform"]))
     for (frames, sound), (f, s) in zip(expected, got, strict=True):
         assert np.array_equal(frames, f.cpu().numpy()) and np.array_equal(sound, s.cpu().numpy())
+
+
+@pytest.mark.parametrize("name", list(device_jpeg.PACKAGES))
+def test_pictures_decoded_on_the_device_are_the_cpus(name: str, tmp_path: Path, device: torch.device) -> None:
+    """Whole batches, from slots that carry JPEGs and are used again at once: within two levels on average (another
+    inverse transform), and as often right as they are decoded."""
+    missing = device_jpeg.why_not(name, device)
+    if missing:
+        pytest.skip(missing)
+    decode = device_jpeg.make(name, device)
+    store = store_in(tmp_path, codec="jpeg")
+    order = Order(len(store.select()), 8, seed=0, batch_size=4)
+    how = {"order": order, "frames": 4, "fps": 8, "slots": 2, "hold": 1}
+    with Loader(store, None, AvidView(0), **how) as plain, Loader(
+        store, None, AvidView(0), device=device, decode=decode, **how
+    ) as coded:
+        got = []
+        for a, b in zip(plain.steps(0, 20), coded.steps(0, 20), strict=True):
+            got.append((torch.from_numpy(a.frames.copy()), b.tensors(device)["frames"]))  # type: ignore[union-attr]
+    for wanted, pictures in got:
+        off = (pictures.cpu().float() - wanted.float()).abs()
+        assert pictures.is_cuda and float(off.mean()) < 2 and float((off > 24).float().mean()) < 0.01
+
+
+def test_stored_spectrograms_from_the_device_are_the_cpus(device: torch.device) -> None:
+    sound = np.random.default_rng(0).integers(-9000, 9000, 70 * 24000).astype(np.int16)  # more than a block of 60 s
+    sound[24000:48000] = 0
+    for name in ("crisscross-mel80", "avid-linear257"):
+        a, b = (spectrogram_rows(sound, name, 24000, where) for where in ("cpu", str(device)))
+        step = np.spacing(np.abs(a)).astype(np.float32)  # float16's
+        assert np.all(np.abs(a.astype(np.float32) - b.astype(np.float32)) <= SPREAD + step)
 
 
 def test_augmentation_on_the_device_is_the_cpus(device: torch.device) -> None:

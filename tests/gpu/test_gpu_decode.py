@@ -12,6 +12,7 @@ import pytest
 
 from avstore import dali, decode_dali, decode_pyav
 from avstore.decode_dali import LEAST_PSNR, Device, Unfit, psnr
+from avstore.frontends import SPREAD
 from avstore.ingest import ingest
 from avstore.probe import probe
 from avstore.spec import Spec
@@ -69,7 +70,14 @@ def test_an_ingest_on_the_device(tmp_path: Path, nvdec: Device) -> None:
     make_clip(source / "a.mp4", noise=True)
     make_clip(source / "b.mpg")
     (source / "c.mp4").write_bytes(b"junk" * 50)
-    done = ingest(source, tmp_path / "s.zarr", decode="dali", front_ends=())
+    done = ingest(source, tmp_path / "s.zarr", decode="dali")
     assert (done.ok, done.failed) == (2, 1)
-    with open_store(tmp_path / "s.zarr") as store:
+    ingest(source, tmp_path / "cpu.zarr")
+    with open_store(tmp_path / "s.zarr") as store, open_store(tmp_path / "cpu.zarr") as cpu:
+        for name in store.front_ends:  # computed on the device, within the stated distance of the CPU's
+            for v in store:
+                other = cpu.stored_spectrogram(int(cpu.find([v.key])[0]), name)
+                mine = store.stored_spectrogram(v.number, name)
+                step = np.spacing(np.abs(other).astype(np.float16)).astype(np.float32)
+                assert np.all(np.abs(mine - other) <= SPREAD + step)
         assert {v.key: v.facts["decoder"] for v in store} == {"a.mp4": "dali", "b.mpg": "pyav"}

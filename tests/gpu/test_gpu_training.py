@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -9,26 +11,26 @@ import torch
 from tiny_run import config, differing, store_in, tensors
 
 from avstore.errors import InterruptedRun
+from avstore.store import Store
 from benchmarks.gpu_train import adam_difference, batch_norm_difference
+from benchmarks.step import _trainer, synthetic
 from trainers import data
-from trainers.loop import Event, Trainer, train
+from trainers.config import METHODS, preset_of
+from trainers.loop import Event, Meter, Trainer, train
 from trainers.prefetch import ahead
 from trainers.run import Run
 from trainers.snapshot import take_snapshot
 
-SETS = ("device=cuda", "in_process=false", "checkpoint_every=2")
+SETS = ("device=cuda", "in_process=false", "checkpoint_every=2", "deterministic=true")
 
 
 def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path: Path, device: torch.device) -> None:
-    import os
-    import signal
-
     store = store_in(tmp_path)
     whole = train("avid", store, config(*SETS), tmp_path / "whole").run
 
     def stop(event: Event) -> None:
         if event.kind == "step" and event.step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
 
     with pytest.raises(InterruptedRun):
         train("avid", store, config(*SETS), tmp_path / "parts", on_event=stop)
@@ -92,6 +94,64 @@ def test_training_one_batch_ahead_ends_with_the_same_bits(tmp_path: Path, device
             fed.close()
         ends.append({k: v.clone() for k, v in trainer.method.state_dict().items()})
     assert differing(*ends) == []
+
+
+def test_the_next_batch_is_launched_beside_the_compute(tmp_path: Path, device: torch.device) -> None:
+    """Where the reader has it ready, which it has from the second step on at the latest here."""
+    store = store_in(tmp_path)
+    cfg = config(*SETS, "draws=8")
+    snapshot = take_snapshot(store, cfg)
+    trainer = Trainer("avid", store, cfg, snapshot, tmp_path / "run", device)
+    fed = ahead(data.Feed(store, snapshot, cfg, device, trainer.plan), device)
+    meter = Meter(1)
+    try:
+        for _ in range(10):
+            values = trainer.step(fed, meter)
+            torch.cuda.synchronize()
+            time.sleep(0.05)  # a reader of tiny clips is far ahead by then
+        assert fed.early >= 5
+    finally:
+        fed.close()
+    line = meter.line(values, device)
+    assert {"data_wait_s", "prepare_s", "compute_s", "clips_per_s"} <= line.keys() and line["data_wait_s"] < 0.05
+
+
+def losses(store: Store, path: Path, *sets: str) -> list[float]:
+    got: dict[int, float] = {}
+    train("avid", store, config(*SETS, *sets), path,
+          on_event=lambda e: got.update({e.step: e.values["loss"]}) if e.kind == "step" else None)  # fmt: skip
+    return [got[k] for k in sorted(got)]
+
+
+@pytest.mark.parametrize("how", ["compile", "graphs"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # of torch's own compiler
+def test_compiled_runs_lose_what_plain_ones_do(how: str, tmp_path: Path, device: torch.device) -> None:
+    """A short last batch is among them, and a run that goes on compiles again."""
+    store = store_in(tmp_path)
+    plain = losses(store, tmp_path / "plain", "batch=4")
+    made = losses(store, tmp_path / how, "batch=4", f"compile={how}")
+    assert made == pytest.approx(plain, rel=5e-3) and len(made) >= 9
+
+    def stop(event: Event) -> None:
+        if event.kind == "step" and event.step == 4:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(InterruptedRun):
+        train("avid", store, config(*SETS, "batch=4", f"compile={how}"), tmp_path / "parts", on_event=stop)
+    assert losses(store, tmp_path / "parts", "batch=4", f"compile={how}") == pytest.approx(made[4:], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", [m for m in METHODS if METHODS[m].stage is None])
+def test_every_method_takes_two_steps(name: str, device: torch.device) -> None:
+    """On synthetic clips: nothing of a method stays on the host, and its state goes through a checkpoint's dict."""
+    cfg = preset_of(name, "tiny").replace(batch=4, device="cuda", steps=100)
+    cfg = cfg.replace(**{k: v for k, v in {"width": 4, "size": 32}.items() if k in cfg.values()})
+    trainer = _trainer(cfg, 16, device)
+    fed = data.Fed(synthetic(cfg, 4, 16, device), 0.0, 0.0, 4)
+    first = trainer.step(iter([fed]))
+    trainer.contract.load_method_state({k: x.cpu() for k, x in trainer.contract.method_state().items()})
+    second = trainer.step(iter([fed]))
+    assert float(first["loss"]) == float(first["loss"]) and float(second["loss"]) == float(second["loss"])
 
 
 def test_fused_adam_goes_through_a_checkpoint(tmp_path: Path, device: torch.device) -> None:
