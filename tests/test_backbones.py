@@ -13,7 +13,7 @@ from torch import nn
 from avstore.errors import ConflictError, UsageError
 from trainers.backbones import AUDIO, IMAGE, VIDEO, audio_net, image_net, load_trunk, video_net
 from trainers.encoders import Encoder
-from trainers.resnet2d import PaddedConv2d
+from trainers.resnet2d import FoldedResNet2d, PaddedConv2d
 from trainers.resnet3d import middle_channels
 from trainers.towers import Towers
 
@@ -232,6 +232,8 @@ def test_every_network_keeps_the_contract(make, name: str) -> None:
     for pool in ("max", "avg"):
         net.pool = pool
         last = net.forward_blocks(x)["conv5x"].flatten(2)
+        if isinstance(net, FoldedResNet2d):  # bins are folded, time is pooled
+            last = last.unflatten(2, (-1, 3)) @ net.fold.weight[0] + net.fold.bias
         torch.testing.assert_close(net(x), last.amax(2) if pool == "max" else last.mean(2))
     net.train()
     net(x).square().sum().backward()
@@ -256,6 +258,35 @@ def test_shapes_of_the_maps() -> None:
     assert got["vcop-c3d"] == plain
     assert got["avid-r2plus1d-18"] == [(8, 28, 28), (4, 14, 14), (2, 7, 7), (1, 4, 4)]
     assert heard.shape[2:] == (7, 3), "Listen-to-Look: 101 x 40 ends in 7 x 3"
+
+
+def test_listen_to_look_folds_its_bins_by_hand() -> None:
+    """Last map of two channels, two times, three bins: .5 b1 - 1 b2 + 2 b3 + .25 for each time, then the larger."""
+    net = audio_net("l2l-resnet-18", 1)
+    last = torch.tensor([[[[1.0, 2, 3], [4, 0, 1]], [[0, 0, 0], [2, 8, 0]]]])
+    net.forward_blocks = lambda x: {"conv5x": last}  # type: ignore[method-assign]
+    with torch.no_grad():
+        net.fold.weight.copy_(torch.tensor([[0.5, -1, 2]]))  # type: ignore[union-attr]
+        net.fold.bias.fill_(0.25)  # type: ignore[union-attr]
+        assert net(torch.zeros(1, 1, 101, 40)).tolist() == [[4.75, 0.25]]  # of (4.75, 4.25) and (.25, -6.75)
+        net.pool = "avg"
+        assert net(torch.zeros(1, 1, 101, 40)).tolist() == [[4.5, -3.25]]
+
+
+def test_listen_to_look_hears_time_but_not_when() -> None:
+    """A tone at another second is the same tone, at another pitch another; 40 bands, and none that do not fold."""
+    torch.manual_seed(0)
+    net = audio_net("l2l-resnet-18", 4).eval()
+    x = torch.zeros(3, 1, 128, 40)
+    x[0, 0, 32:48, 8:12] = x[1, 0, 64:80, 8:12] = x[2, 0, 32:48, 28:32] = 3.0
+    with torch.no_grad():
+        y = net(x)
+    assert (y[0] - y[1]).abs().max() < 0.2 * (y[0] - y[2]).abs().max(), "16 rows are one step of the last map"
+    with pytest.raises(UsageError, match="folds 33 to 48"):
+        net(torch.zeros(1, 1, 100, 129))
+    with pytest.raises(UsageError, match="at least one"):
+        audio_net("l2l-resnet-18", 4, bins=0)
+    assert audio_net("l2l-resnet-18", 4, bins=9).eval()(torch.zeros(1, 1, 100, 129)).shape == (1, 32)
 
 
 def test_same_generator_state_same_weights() -> None:
@@ -346,7 +377,7 @@ def test_bf16_gradients_of_every_3d_convolution(name: str, frames: int) -> None:
 def test_bf16_gradients_of_every_2d_convolution(name: str) -> None:
     torch.manual_seed(0)
     net = audio_net(name, 8).to(memory_format=torch.channels_last)
-    x = torch.randn(2, 1, 20, 17).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 1, 20, 33 if name == "l2l-resnet-18" else 17).to(memory_format=torch.channels_last)
     for where, convolution, seen in convolutions_of(net, x):
         exact, rounded = gradients(convolution, seen, False), gradients(convolution, seen, True)
         for k, g in exact.items():

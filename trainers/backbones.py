@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from avstore.errors import ConflictError, UsageError, did_you_mean
 from trainers.encoders import AudioNet, Encoder, Pool, VideoNet
-from trainers.resnet2d import ResNet2d
+from trainers.resnet2d import FoldedResNet2d, ResNet2d
 from trainers.resnet3d import VideoResNet
 from trainers.vcop import C3d, VcopResNet
 from trainers.vgg2d import Vgg2d
@@ -52,7 +52,7 @@ AUDIO: dict[str, Backbone] = {
     "resnet-10": Backbone(lambda **k: ResNet2d(10, inputs=1, **k), "SSCL's; the trunk of resnet-9"),
     "resnet-18": Backbone(lambda **k: ResNet2d(18, inputs=1, **k), "CrissCross'"),
     "l2l-resnet-18": Backbone(
-        lambda **k: ResNet2d(18, inputs=1, stem_stride=1, **k), "Listen-to-Look's, a stem of stride 1", "max"
+        lambda **k: FoldedResNet2d(18, **k), "Listen-to-Look's, stem of stride 1, bins folded", "max", options=("bins",)
     ),
     "vgg-9": Backbone(lambda **k: Vgg2d(**k), "AVTS', VGG-like"),
 }
@@ -72,7 +72,8 @@ def video_net(name: str, width: int | None = None, *, pool: Pool | None = None, 
 
 
 def audio_net(name: str, width: int | None = None, *, pool: Pool | None = None, **options: Any) -> Encoder:
-    """The sound network of this name: (B, 1, F, M) float -> (B, dim). As `video_net`; `small` for avid-conv2d-10."""
+    """The sound network of this name: (B, 1, F, M) float -> (B, dim). As `video_net`; `small` for avid-conv2d-10,
+    `bins` for l2l-resnet-18."""
     return _make(AUDIO, "sound", name, width, pool, options)
 
 

@@ -16,8 +16,9 @@ Sources of teachers: `teacher.py`. What the report leaves open, and what differs
 * Eq. 3.1 is named KL; it is the cross-entropy (the gradient is the same).
 * Eq. 3.2 is a sum over the descriptor's numbers: at width 512 about as large as eq. 3.1 weighed by 100. `l1=mean`
   divides by the width. Both are means over clips. lambda is not printed: 100 [M].
-* Student: image ResNet-18, a sound ResNet-18 with a stem of stride 1, Psi of two layers (1024 - 1024 - 512), as in the
-  code of the second stage. Table 7.1 calls its rows ResNet-152 and R(2+1)D-152: the teachers', by their names.
+* Student: image ResNet-18, a sound ResNet-18 with a stem of stride 1 whose last three bins are folded to one before the
+  maximum over time, Psi of two layers (1024 - 1024 - 512), as in the code of the second stage. Table 7.1 calls its rows
+  ResNet-152 and R(2+1)D-152: the teachers', by their names.
 * Towers: `video` is the image descriptor z^I, `audio` z^A, `joint` Psi(z^I, z^A), the only one that the teacher shapes
   directly.
 """

@@ -5,8 +5,8 @@
                      and GDT's at depth 9
 
 Depths 9 and 10 name one network, (1, 1, 1, 1) blocks: 9 counts its convolutions, 10 a last linear layer as well, which
-a trunk has not (the SSCL report gives only the name "2D-ResNet10"). `stem_stride` 1 is Listen-to-Look's sound network:
-101 x 40 ends in 7 x 3; folding its frequencies is that method's own.
+a trunk has not (the SSCL report gives only the name "2D-ResNet10"). `FoldedResNet2d` is Listen-to-Look's sound network:
+a stem of stride 1, after which 101 x 40 ends in 7 x 3, and a fold of the three bins before the pool over time.
 """
 
 # legend: B clips, H x W pixels, F spectrogram frames, M bins, C channels
@@ -94,3 +94,31 @@ class ResNet2d(Encoder):
     def logits(self, x: Tensor) -> Tensor:
         """(B, classes). UsageError without the layer `fc`."""
         return classify(self, x)
+
+
+class FoldedResNet2d(ResNet2d):
+    """Listen-to-Look's sound network [C]. (B, 1, F, M) float -> (B, 8 * width): the bins of the last map folded to one
+    by a learned weight each and a bias, the same for all channels (their 1 x 1 convolution, 3 -> 1), then the pool over
+    time alone, their maximum.
+
+    bins: of the last map, 3 for the 33 to 48 mel bands of a spectrogram; `l2l-mel40` has 40. Its weights begin as
+    nn.Linear's. Raises UsageError for other spectrograms.
+    """
+
+    def __init__(self, depth: int = 18, width: int = 64, pool: Pool = "max", bins: int = 3) -> None:
+        if bins < 1:
+            raise UsageError(f"a fold of {bins} bins", "it wants at least one")
+        super().__init__(depth, width, inputs=1, pool=pool, stem_stride=1)
+        self.fold = nn.Linear(bins, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        last = self.forward_blocks(x)["conv5x"]
+        bins = self.fold.in_features
+        if last.shape[3] != bins:
+            raise UsageError(
+                f"spectrograms of {x.shape[3]} bins for a network that folds {16 * bins - 15} to {16 * bins}",
+                f"its last map has {last.shape[3]} bins, not {bins}",
+                "use the front-end l2l-mel40, or another sound network",
+            )
+        time = self.fold(last)[..., 0]  # (B, C, F')
+        return time.amax(2) if self.pool == "max" else time.mean(2)
