@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
 from tiny_run import SETS, differing, store_in, tensors
 from tiny_run import config as tiny_config
 
@@ -177,3 +179,29 @@ def test_rows_without_a_modality_keep_what_they_were_given(store: Store, cma: Ru
     assert bool(seen[:, 0].all()) and not bool(seen[:, 1].any())
     assert torch.equal(filled[:, 1], noise[:, 1]) and not torch.equal(filled[:, 0], noise[:, 0])
     torch.testing.assert_close(filled.norm(dim=-1), torch.ones(len(noise), 2))
+
+
+def _process(rank: int, world: int, folder: str, store: str, run: str) -> None:
+    import avstore
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store{world}", rank=rank, world_size=world)
+    memory.CHUNK = 2
+    made, done = Run(run), []
+    blank = torch.zeros(len(made.snapshot.numbers), 2, 8)
+    filled, seen = memory.fill_memory(made.load(), made, avstore.open(store), blank, device="cpu", on_chunk=done.append)
+    torch.save({"filled": filled, "seen": seen, "done": done}, Path(folder) / f"{world}-{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_videos_and_end_with_the_same_bits(store: Store, cma: Run, tmp_path: Path) -> None:
+    for world in (1, 2):
+        given = (world, str(tmp_path), str(store.path), str(cma.path))
+        multiprocessing.start_processes(_process, given, nprocs=world, start_method="spawn")
+    alone, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
+    assert alone["done"] == [2, 4, 6] and first["done"] == second["done"] == [4, 6]
+    for x in (first, second):
+        assert torch.equal(x["filled"], alone["filled"]) and torch.equal(x["seen"], alone["seen"])
+    assert bool(alone["seen"].all())
