@@ -81,9 +81,6 @@ def choose_sides(
             f"e.g. {store.key(int(both[0]))}: each would find itself",
             "make --gallery and --queries disjoint",
         )
-    for name, side in (("queries", q), ("gallery", g)):
-        if not len(side):
-            raise UsageError(f"the {name} are empty", "no video meets the conditions", "see avstore ls")
     return [Sides(q, g, f"queries {' '.join(queries)}, gallery {' '.join(gallery)}")]
 
 

@@ -321,7 +321,7 @@ def test_a_checkpoint_s_heads_are_what_embed_writes(trained: tuple[Store, Path])
     (["--checkpoint", "latest", "--all-checkpoints"], "one, or all"),
     (["--checkpoint", "77"], "no checkpoint 77"),
     (["--label", "lable", "--class"], "lable"),
-    (["--gallery", "split=train", "--queries", "split=nothing"], "the queries are empty"),
+    (["--gallery", "split=train", "--queries", "split=nothing"], "no videos are left"),
 ])  # fmt: skip
 def test_what_cannot_be_asked_is_told(
     trained: tuple[Store, Path], capsys: pytest.CaptureFixture[str], words: list[str], told: str
