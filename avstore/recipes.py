@@ -131,7 +131,7 @@ FRONT_ENDS: dict[str, FrontEnd] = {
             eps=1e-10,
             clip_floor_db=100.0,
         ),
-        # CrissCross: 80 mels over 0-8 kHz. Slaney's scale and area norm are ours (librosa's and nnAudio's defaults).
+        # CrissCross: 80 mels over 0-8 kHz, Slaney's scale and area norm (its code's librosa.filters.mel).
         FrontEnd("crisscross-mel80", 16000, 1024, 1024, 160, 80, fmax=8000.0),
         # SeLaVi and GDT: log filter bank of 20-ms windows, not centred, pre-emphasis 0.97, HTK triangles of unit peak,
         # rectangular window (what python_speech_features, their package, does by default; power without its 1/n_fft).

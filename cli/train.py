@@ -24,7 +24,9 @@ def train(
         str | None, typer.Argument(metavar="METHOD", help="avid, avid-cma, ...; none: list them.")
     ] = None,
     store: StoreArgument = None,
-    preset: Annotated[str | None, typer.Option(help="paper (default values), small, tiny (CPU minutes).")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="paper (default values), tiny (CPU minutes), small (AVID's family).")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="A TOML file of settings.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="k=v", help="One setting; repeatable.")] = None,
     run: Annotated[Path | None, typer.Option(help="The run's folder. Default runs/<method>.")] = None,
@@ -131,14 +133,18 @@ def _methods(json: bool) -> None:
                              "picture": m.picture, "sound": m.sound, "views": m.views, "stage": m.stage})  # fmt: skip
         return
     rows = [
-        [n, m.paper, _yes(m.labels), _yes(m.sound), m.views, m.summary + (f" (after {m.stage})" if m.stage else "")]
+        [n, m.paper, _yes(m.labels), _yes(m.sound), m.views or BY,
+         m.summary + (f" (after {m.stage})" if m.stage else "")]
         for n, m in METHODS.items()
-    ]
+    ]  # fmt: skip
     console.columns(["method", "paper", "labels", "sound", "views", "what"], rows)
 
 
-def _yes(value: bool) -> str:
-    return "yes" if value else "no"
+BY = "by setting"
+
+
+def _yes(value: bool | None) -> str:
+    return BY if value is None else "yes" if value else "no"
 
 
 def _help(context: typer.Context, name: str | None) -> None:
@@ -157,9 +163,13 @@ def _help(context: typer.Context, name: str | None) -> None:
     console.data((sys.modules[file.config.__module__].__doc__ or line.summary).strip())
     console.data("")
     console.data(f"presets: {', '.join(preset_names(name))}")
-    needs = [w for w, on in (("pictures", line.picture), ("sound", line.sound), ("labels", line.labels)) if on]
+    needs = [
+        word if on else f"{word} ({BY})"
+        for word, on in (("pictures", line.picture), ("sound", line.sound), ("labels", line.labels))
+        if on is not False
+    ]
     console.data(
-        f"needs: {', '.join(needs)}; views: {line.views}" + (f"; starts from {line.stage}" if line.stage else "")
+        f"needs: {', '.join(needs)}; views: {line.views or BY}" + (f"; starts from {line.stage}" if line.stage else "")
     )
     console.data("settings of its own (--set key=value; avstore train NAME --show-config has the loop's too):")
     _settings([r for r in rows_of(resolve(name)) if r.of == "method"], False)

@@ -23,6 +23,8 @@ def test_a_line_for_each_method(capsys: pytest.CaptureFixture[str]) -> None:
     table = {line[0]: line for line in lines[1:]}
     assert table["avid-cma"][2:5] == ["no", "yes", "1"] and table["avid-cma"][5].endswith("(after avid)")
     assert table["crisscross"][4] == "2" and table["supervised"][2] == "yes"
+    assert table["temporal"][4] == table["ccl"][3] == table["supervised"][3] == "by setting"
+    assert table["avid"][1] == "Morgado et al. 2020" and table["avid-cma"][1] == "Morgado et al. 2021"
     values = [json.loads(line) for line in said(capsys, "train", "--list-methods", "--json").splitlines()]
     assert [v["method"] for v in values] == list(METHODS) and {"labels", "sound", "views", "stage"} <= values[0].keys()
 
@@ -40,5 +42,5 @@ def test_help_of_a_method_is_its_own_word(capsys: pytest.CaptureFixture[str]) ->
 def test_every_setting_has_a_value_and_a_source(capsys: pytest.CaptureFixture[str], name: str) -> None:
     rows = [json.loads(line) for line in said(capsys, "train", name, "--show-config", "--json").splitlines()]
     assert {"seed", "learning_rate", "precision", "time_mask"} <= {r["key"] for r in rows}
-    assert not [r["key"] for r in rows if not r["source"] and r["key"] != "seed"]
+    assert not [r["key"] for r in rows if not r["source"]]
     assert {r["of"] for r in rows} == {"method", "loop"}

@@ -23,8 +23,9 @@ def test_the_paper_s_values_are_the_default() -> None:
     assert c.resolve("avid", preset="paper").values() == avid.values()
 
 
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("preset", [None, "paper", "small", "tiny"])
+@pytest.mark.parametrize(
+    ("name", "preset"), [(name, preset) for name in METHODS for preset in (None, *c.preset_names(name))]
+)
 def test_both_halves_agree_in_every_preset(name: str, preset: str | None) -> None:
     run = c.resolve(name, preset=preset)
     for field in dataclasses.fields(run.loop):
@@ -36,6 +37,15 @@ def test_small_and_tiny_are_what_they_say() -> None:
     assert (small.method.width, small.method.size, small.method.front_end) == (32, 112, "avid-linear129")
     assert (tiny.method.width, tiny.method.size, tiny.loop.batch) == (16, 64, 24)
     assert tiny.loop.statistics_clips == 256
+
+
+def test_small_is_offered_where_it_fits() -> None:
+    """AVID's networks by depth, or a file's own; nowhere else is it listed, and it is refused by name."""
+    offered = {name for name in METHODS if "small" in c.preset_names(name)}
+    assert offered == {"avid", "avid-softmax", "avid-cma", "temporal", "sscl-stage-1", "sscl"}
+    with pytest.raises(UsageError, match="no preset 'small'"):
+        c.resolve("simclr", preset="small")
+    assert c.resolve("sscl", preset="small").values()["width"] == 32
 
 
 def test_sets_speak_to_method_and_loop() -> None:
@@ -99,6 +109,16 @@ def test_a_toml_file_and_its_tables(tmp_path: Path) -> None:
         c.resolve("avid", toml_file=tmp_path / "none.toml")
 
 
+@pytest.mark.parametrize(("name", "key", "off"), [("simclr", "crop", "resized"), ("l3", "max_offset", 0.0)])
+def test_a_run_of_before_a_key_keeps_its_digest(name: str, key: str, off: object) -> None:
+    run = c.resolve(name, preset="tiny")
+    assert run.values()[key] == off
+    before = run.to_json()
+    del before["values"][key]
+    again = c.RunConfig.from_json(before)
+    assert again.values() == run.values() and again.digest == run.digest  # and not the paper's value of today
+
+
 def test_what_a_stage_takes_over() -> None:
     """Networks, clips and seed go to both; how long and how fast is trained does not."""
     sets = ["seed=3", "dim=32", "epochs=2", "learning_rate=0.5", "positives=4", "avid.epochs=9", "threads=1"]
@@ -115,6 +135,7 @@ def test_show_config_tells_the_paper_and_the_source() -> None:
     assert (rows["width"].value, rows["width"].paper) == (16, 64)
     assert rows["temperature"].source == "[C]" and "eqs. 1-3" in rows["variant"].source
     assert rows["keep_last"].paper is None and rows["keep_last"].source
+    assert rows["crop_area"].value == (0.6, 1.0) and rows["crop_area"].paper == (0.08, 1.0)  # a key of the loop
     missing = [r.key for r in rows.values() if not r.source and r.key != "seed"]
     assert not missing
 
@@ -125,6 +146,7 @@ def test_json_round_trip_and_digest() -> None:
     assert again == run and again.digest == run.digest
     assert run.replace(threads=5).digest == run.digest  # changes no number
     assert run.replace(seed=5).digest != run.digest
+    assert run.replace(crop="random").digest != run.digest
     old = run.to_json()
     old["values"]["gone"] = 1
     with pytest.raises(UsageError, match="gone"):

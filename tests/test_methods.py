@@ -9,16 +9,21 @@ import dataclasses
 import functools
 import json
 import math
+import re
+import shlex
 import sys
 from typing import Any
 
 import pytest
 import torch
+import typer
 from torch import Tensor
 
 from avstore.durable import canonical_json
 from avstore.errors import UsageError
 from avstore.frontends import named, spectrogram
+from avstore.views import AvidView, RandomView
+from cli.main import app
 from trainers import fit
 from trainers.batch import Batch
 from trainers.config import RunConfig, preset_names, resolve, resolve_stage
@@ -54,7 +59,7 @@ def build(config: RunConfig, rows: int = ROWS) -> Any:
     method = bare(config, rows)
     file, stage = METHODS[config.name].load(), METHODS[config.name].stage
     if stage is not None and file.load_stage is not None:
-        before = before_it(config.name, stage)
+        before = before_it(config.name, stage, config.preset or "paper")
         getattr(method, file.load_stage)(
             {k[4:]: x for k, x in before.items() if k.startswith("net/")},
             {k[4:]: x for k, x in before.items() if k.startswith("own/")},
@@ -63,9 +68,9 @@ def build(config: RunConfig, rows: int = ROWS) -> Any:
 
 
 @functools.cache
-def before_it(name: str, stage: str) -> dict[str, Tensor]:
+def before_it(name: str, stage: str, preset: str) -> dict[str, Tensor]:
     """What the stage of a method ends with after it saw every row once."""
-    config = smaller(resolve_stage(name, preset="tiny"))
+    config = smaller(resolve_stage(name, preset=preset))
     method = build(config).train()
     method.start_epoch(0)
     for first in range(0, ROWS, 12):
@@ -159,15 +164,96 @@ def test_the_module_asks_what_its_configuration_says(name: str, preset: str) -> 
     assert module.needs == fit.needs_of(config)
     line, needs = METHODS[name], module.needs
     assert needs.labels == line.labels
-    if not hasattr(type(config.method), "needs"):
-        assert (needs.picture, needs.sound) == (line.picture, line.sound)
+    if line.picture is None or line.sound is None:
+        assert hasattr(type(config.method), "needs"), "what its settings say, they say in `needs()`"
+    assert line.picture in (None, needs.picture) and line.sound in (None, needs.sound)
     assert module.config == config.method
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_lines_say_how_many_views(name: str) -> None:
-    views = fit.views_of(resolve(name))
-    assert METHODS[name].views == views, f"METHODS says {METHODS[name].views}, its clips are {views}"
+    views = {fit.views_of(resolve(name, preset=preset)) for preset in preset_names(name)}
+    said = METHODS[name].views
+    assert len(views) > 1 if said is None else views == {said}, f"METHODS says {said}, its clips are {views}"
+
+
+def test_lines_say_which_modalities_settings_choose() -> None:
+    by_setting = {(n, k) for n, m in METHODS.items() for k in ("picture", "sound") if getattr(m, k) is None}
+    assert by_setting == {("ccl", "sound"), ("supervised", "picture"), ("supervised", "sound")}
+    for modality, seen in (("v", (True, False)), ("a", (False, True)), ("av", (True, True))):
+        needs = fit.needs_of(resolve("supervised", sets=[f"modality={modality}"]))
+        assert (needs.picture, needs.sound) == seen
+    assert not fit.needs_of(resolve("ccl", sets=["teachers=image"])).sound
+
+
+S1 = {"avcl", "simclr", "moco", "byol", "simsiam", "barlow-twins", "iic", "supervised"}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_sources_are_tagged(name: str) -> None:
+    """Each value is of a paper, of code, recalled, or ours; S1's are those of the methods that S1 has."""
+    rows = show_config(resolve(name))
+    untagged = [r.key for r in rows if not re.search(r"\[(S\d|C|M|ours)\b", r.source)]
+    assert not untagged, f"nobody said {untagged}"
+    assert any("[S1]" in r.source for r in rows) == (name in S1)
+    for row in rows:  # the paper's value is shown wherever there is one
+        assert (row.paper is None) == (row.of == "loop" and row.source.startswith("[ours]")), row
+
+
+@pytest.mark.parametrize("name", sorted(S1))
+def test_s1_crops_and_nothing_else(name: str) -> None:
+    """Section 3.2 names random crops of 112 x 112, and no other augmentation; tiny goes on as AVID's tiny does."""
+    loop = resolve(name).loop
+    tiny_loop, avid = resolve(name, preset="tiny").loop, resolve("avid", preset="tiny").loop
+    keys = ("flip", "brightness", "contrast", "saturation", "hue", "gray", "blur", "cutout", "sound_gain", "time_mask",
+            "freq_mask")  # fmt: skip
+    assert loop.crop == "random" and not any(getattr(loop, k) for k in keys) and not loop.sound_crop
+    assert all(getattr(tiny_loop, k) == getattr(avid, k) for k in (*keys, "crop", "crop_area"))
+
+
+def test_pictures_of_the_other_papers() -> None:
+    """CCL's opts.py: crops of a quarter to all, flips, no jitter. L3 as AVID. CM-ACC: flips, no jitter."""
+    ccl, l3, avid, acc = (resolve(n).loop for n in ("ccl", "l3", "avid", "cm-acc"))
+    assert (ccl.crop, ccl.crop_area, ccl.flip, ccl.hue, ccl.contrast) == ("resized", (0.25, 1.0), 0.5, 0, 0)
+    keys = ("crop", "crop_area", "flip", "brightness", "contrast", "saturation", "hue", "sound_gain")
+    assert all(getattr(l3, k) == getattr(avid, k) for k in keys)
+    assert (acc.flip, acc.brightness, acc.hue) == (0.5, 0, 0)
+
+
+def test_l3_cuts_as_avid_does() -> None:
+    assert fit.policy_of(resolve("l3"), 24000) == fit.policy_of(resolve("avid"), 24000) == AvidView(12000)
+    assert fit.policy_of(resolve("l3", preset="tiny"), 24000) == RandomView()
+    with pytest.raises(UsageError, match="max_offset"):
+        resolve("l3", sets=["max_offset=-1"])
+
+
+SCHEDULED = [n for n, m in METHODS.items() if "schedule" in {f.name for f in dataclasses.fields(m.load().config)}]
+
+
+@pytest.mark.parametrize("name", SCHEDULED)
+def test_every_schedule_of_the_loop_can_be_set(name: str) -> None:
+    for schedule in ("constant", "cosine", "multistep"):
+        loop = resolve(name, sets=[f"schedule={schedule}", "milestones=45,90", "decay=0.2"]).loop
+        assert (loop.schedule, loop.milestones, loop.decay) == (schedule, (45, 90), 0.2)
+
+
+def commands(name: str) -> list[str]:
+    """The lines of a method's docstring that are typed into a shell, parts of && lines apart."""
+    doc = sys.modules[METHODS[name].load().config.__module__].__doc__ or ""
+    lines = re.findall(r"^    (avstore [^\n]+)", doc, re.M)
+    return [part.strip() for line in lines for part in re.split(r"\s#", line)[0].split("&&")]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_commands_of_its_docstring_can_be_typed(name: str) -> None:
+    found = [shlex.split(c) for c in commands(name)]
+    assert any(words[:2] == ["avstore", "train"] for words in found)
+    for words in found:
+        assert words[:2] == ["avstore", "train"], words
+        values = typer.main.get_command(app).commands["train"].make_context("train", words[2:]).params
+        for hidden in ("where", "list_", "fold"):
+            assert not values[hidden]
+        resolve(values["method"], preset=values["preset"], sets=list(values["set_"] or ()))
 
 
 @pytest.mark.parametrize(("name", "preset"), PAIRS)
@@ -231,6 +317,18 @@ def test_steps_reach_every_parameter(name: str) -> None:
     # where labels teach, features cannot collapse unseen: the accuracy shows it
     wanted = "accuracy" if METHODS[name].labels else "std"
     assert any(wanted in k for k in told), f"no {wanted} among {sorted(told)}"
+
+
+@pytest.mark.parametrize(("name", "preset"), [(n, p) for n, p in PAIRS if p != "tiny"])
+def test_every_preset_builds_and_trains(name: str, preset: str) -> None:
+    """Of small networks and clips; its own names, heads, losses and front-end. tiny: the test above."""
+    config = smaller(resolve(name, preset=preset))
+    method = build(config).train()
+    optimiser = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=1e-4)
+    method.start_epoch(0)
+    for i in range(2):
+        loss, _ = step(method, optimiser, batch(config, [8 * i + k for k in range(8)], seed=i))
+        assert math.isfinite(loss)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -7,10 +7,10 @@ different ones do not, and SelfCL tells a video's own sound from the other video
 
     avstore train avcl                                       # the paper's: R3D, 16 frames, whole sound
     avstore train avcl --preset tiny                         # AVID's small nets, a CPU, a minute
-    avstore train avcl --set video_net=vcop-r2plus1d audio_net=vcop-r2plus1d      # Table 4; vcop-c3d likewise
-    avstore train avcl --set frames=1 audio=1.2s             # Table 1; audio=raw, shared=true
+    avstore train avcl --set video_net=vcop-r2plus1d --set audio_net=vcop-r2plus1d    # Table 4; vcop-c3d likewise
+    avstore train avcl --set frames=1 --set audio=1.2s       # Table 1; audio=raw, shared=true
     avstore train avcl --set cgra_layers=conv5+pool          # Table 2; none, conv3, conv4, conv5
-    avstore train avcl --set weight_cor=1 weight_self=0      # Table 3, without SelfCL; amfm=false
+    avstore train avcl --set weight_cor=1 --set weight_self=0      # Table 3, without SelfCL; amfm=false
 
 What the paper leaves open, and what differs:
 * Eqs. 3-4 gate with a ReLU, not a sigmoid: unbounded, and shut for a channel whose excitation is negative. The same E

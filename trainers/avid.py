@@ -1,4 +1,4 @@
-"""AVID: audio-visual instance discrimination (Morgado, Vasconcelos, Misra; ECCV 2020 workshop, arXiv 2004.12943).
+"""AVID: audio-visual instance discrimination (Morgado, Vasconcelos, Misra; 2020 workshop paper, S4).
 
 A video network and a sound network are trained so that the embedding of a video's picture picks out the slowly moving
 memory of *its own* sound among the sounds of other videos, and the reverse. The memory makes a thousand negatives as
@@ -62,7 +62,7 @@ class Config:
     video_depth: int = 18  # [S4] section 3; 10 ("9 layers") in the ablations
     audio_depth: int = 10  # [S4] "9-layer 2D ConvNet"
     width: int = 64  # [C] channels of conv2x
-    small: bool = False  # [C] True: the ablations' stems for 112 x 112 and 100 x 129
+    small: bool = False  # [C] True: the ablations' networks, for 112 x 112 and 100 x 129
     pool: Literal["max", "avg"] = "max"  # [S4] "output activations are max-pooled"
     hidden: int = 512  # [C] proj_dim
     dim: int = 128  # [S4] section 3

@@ -14,6 +14,7 @@ What differs from the paper (recalled, its code is not public), and why:
   clip another sound of its own video, the pair is left out.
 * The shifted sound lies at least a window away. Where a video is too short for that, it lies as far away as it can
   (the metric `shrunk` tells how often).
+* Pictures are cropped and coloured, and sounds made louder, as AVID's code does: what the paper does is not at hand.
 * The curriculum turns after half the epochs (with `steps`, after half of those that the steps make).
 """
 
@@ -22,6 +23,7 @@ What differs from the paper (recalled, its code is not public), and why:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -46,20 +48,34 @@ class Config(PairConfig):
 
     video_net: str = "mc3-18"  # [M]; [S4] Table 2 "MC3"
     audio_net: str = "vgg-9"  # [M] "VGG-like"
+    width: int = 64  # [ours]
+    pool: Literal["max", "avg"] = "avg"  # [ours]
     hidden: int = 512  # [ours]
     dim: int = 128  # [ours]
     head_batch_norm: bool = False  # [ours]; True in the tiny preset
     margin: float = 0.99  # [M]
     hard_share: float = 0.25  # [M] of the false sounds in the second half: same video, shifted
     easy_share: float = 0.5  # [M] of the epochs, at the start, without them
-    frames: int = 25  # [S4] Table 2; consecutive
+    frames: int = 25  # [S4] Table 2
+    fps: int | Literal["native"] = "native"  # [M] consecutive
     size: int = 224  # [S4] Table 2
     seconds: float = 1.0  # [M]
     front_end: str = "gdt-fbank40"  # [ours] 40 bands of one second
-    learning_rate: float = 0.01  # [ours] SGD
+    optimiser: Literal["adam", "adamw", "sgd"] = "sgd"  # [M]
+    learning_rate: float = 0.01  # [ours]
+    momentum: float = 0.9  # [ours]
     weight_decay: float = 1e-5  # [ours]
+    batch: int = 16  # [ours]
     epochs: int = 90  # [ours]
     steps: int = 0  # [ours] of the run, for the curriculum; 0: as epochs say
+    crop: Literal["resized", "random"] = "resized"  # [ours] AVID's
+    crop_area: tuple[float, float] = (0.08, 1.0)  # [ours] AVID's
+    flip: float = 0.5  # [ours] AVID's
+    brightness: float = 0.4  # [ours] AVID's
+    contrast: float = 0.4  # [ours] AVID's
+    saturation: float = 0.4  # [ours] AVID's
+    hue: float = 0.2  # [ours] AVID's
+    sound_gain: float = 0.1  # [ours] AVID's
 
     def problems(self) -> list[str]:
         wrong = super().problems() + below(self, 1, "hidden", "dim") + below(self, 0, "steps")

@@ -39,7 +39,7 @@ class Config(PairConfig):
     """Defaults: S1's comparison; what is not here is `pair.PairConfig`'s."""
 
     off_diagonal: float = 0.005  # [C] lambda; S1, section 3.2, has the same for CGRA
-    loss_scale: float = 1.0  # Barlow Twins eq. 1 as it is; 0.1 in solo-learn's code
+    loss_scale: float = 1.0  # [M] Barlow Twins eq. 1 as it is; [C] 0.1 in solo-learn's code
     dim: int = 2048  # [ours] of all three layers; Barlow Twins 8192
 
     def problems(self) -> list[str]:

@@ -6,7 +6,7 @@ little to do with what happens in a video, so each teacher's vector is composed 
 to tell the video's class too, and the student is pulled towards teacher and composition of videos of its own class.
 
     avstore train avid && avstore train ccl                                  # a run as both teachers
-    avstore train ccl --set audio_teacher=FEATURES.zarr/embeddings/panns/audio-trunk audio_dim=512    # given vectors
+    avstore train ccl --set audio_teacher=FEATURES.zarr/embeddings/panns/audio-trunk   # given vectors
     avstore train ccl --set image_teacher=resnet34.safetensors#image-resnet-34                        # a weights file
     avstore train ccl --set teachers=audio                                   # Table 7.4; image, both
     avstore train ccl --preset code                                          # the authors' code
@@ -88,7 +88,15 @@ class Config:
     batch: int = 16  # [C]
     epochs: int = 300  # [C]
     draws: int = 1  # [C]
-    seed: int = 0
+    seed: int = 0  # [ours]
+    crop: Literal["resized", "random"] = "resized"  # [C]
+    crop_area: tuple[float, float] = (0.25, 1.0)  # [C] of a random resized crop
+    flip: float = 0.5  # [C]
+    brightness: float = 0.0  # [C] no jitter of colours
+    contrast: float = 0.0  # [C] likewise
+    saturation: float = 0.0  # [C] likewise
+    hue: float = 0.0  # [C] likewise
+    sound_gain: float = 0.0  # [C] its teacher of sound is a column of vectors
 
     def __post_init__(self) -> None:
         wrong = [
@@ -98,6 +106,7 @@ class Config:
                 ("loss_scale", ("report", "code")),
                 ("video_net", tuple(VIDEO)),
                 ("pool", ("max", "avg")),
+                ("crop", ("resized", "random")),
             )
             if getattr(self, name) not in allowed
         ]
@@ -160,6 +169,8 @@ TINY = replace(
     batch=24,
     epochs=16,
     draws=2,
+    crop_area=(0.6, 1.0),
+    sound_gain=0.1,
 )
 PRESETS = {"paper": Config(), "code": CODE, "tiny": TINY}
 

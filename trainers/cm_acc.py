@@ -18,7 +18,9 @@ What differs from the paper and its code (a research dump), and why:
 * Each modality chooses its own; a dictionary is at most a quarter of the videos, and own keys are left out of the
   denominator, as in `moco`.
 * k-means++ starts at the longest gradient and then draws by squared distance, from counter hashes.
-* The recipe (SGD, rate, epochs, dictionary of 3840, key momentum) is recalled or declared.
+* The code compares the pooled 512 features themselves, batch-normalised but neither projected nor of unit length,
+  without a temperature; here two layers lead to unit vectors of 128 numbers, and the temperature is recalled.
+* The rest of the recipe (rate, epochs, dictionary of 3840) is recalled or declared.
 """
 
 # legend: B clips of this rank, n those with picture and sound, Q dictionary, P pool, D embedding
@@ -52,25 +54,37 @@ SAMPLING = ("active", "random")
 class Config(PairConfig):
     """Defaults: CM-ACC as its code and memory give it; what is not here is `pair.PairConfig`'s."""
 
-    sampling: Literal["active", "random"] = "active"  # the paper's; random: its baseline
-    candidates: int = 10  # [M] batches from which one is chosen
-    dictionary: int = 3840  # [M] 30 x 128; never more than a quarter of the videos
-    key_momentum: float = 0.999  # [ours] as MoCo
+    sampling: Literal["active", "random"] = "active"  # [C]; random: the paper's baseline [M]
+    candidates: int = 10  # [C] batches from which one is chosen
+    dictionary: int = 3840  # [M] 30 x 128; [C] 3 x 128. Never more than a quarter of the videos
+    key_momentum: float = 0.9  # [C]
     temperature: float = 0.07  # [M]
     hidden: int = 512  # [ours]
-    dim: int = 128  # [M]
+    dim: int = 128  # [ours]; [C] none: the pooled 512
     head_batch_norm: bool = False  # [ours]; True in the tiny preset
     video_net: str = "r3d-18"  # [C] 3D-ResNet-18
-    audio_net: str = "resnet-18"  # [ours]
+    audio_net: str = "resnet-18"  # [ours]; [C] a ResNet-18 along time alone
+    width: int = 64  # [C] 512 at the end
+    pool: Literal["max", "avg"] = "avg"  # [C]
     frames: int = 16  # [C]
+    fps: int | Literal["native"] = "native"  # [C] consecutive
     size: int = 112  # [C]
     seconds: float = 2.0  # [ours]
-    front_end: str = "crisscross-mel80"  # [ours]
-    learning_rate: float = 0.03  # [ours] MoCo's
-    momentum: float = 0.9  # [C]
+    front_end: str = "crisscross-mel80"  # [ours]; [C] 80 bands too
+    optimiser: Literal["adam", "adamw", "sgd"] = "sgd"  # [C]
+    learning_rate: float = 0.03  # [ours] MoCo's; [C] 0.01 for unbounded scores
+    momentum: float = 0.9  # [ours]
     weight_decay: float = 1e-4  # [ours] MoCo's
-    batch: int = 128  # [M]
+    batch: int = 128  # [C] its Kinetics run
     epochs: int = 200  # [ours]
+    crop: Literal["resized", "random"] = "resized"  # [ours] see crop_area
+    crop_area: tuple[float, float] = (0.25, 1.0)  # [ours] for the code's corner crops at five scales, 1 to .5 of a side
+    flip: float = 0.5  # [C]
+    brightness: float = 0.0  # [C] none
+    contrast: float = 0.0  # [C] none
+    saturation: float = 0.0  # [C] none
+    hue: float = 0.0  # [C] none
+    sound_gain: float = 0.0  # [ours]
 
     def problems(self) -> list[str]:
         wrong = super().problems() + below(self, 1, "candidates", "dictionary", "hidden", "dim")

@@ -167,8 +167,7 @@ class AudioNet(Encoder):
     """Conv2D, depth 10 (AVID's "9-layer" sound network). (B, 1, F, M) float -> (B, 8 * width).
 
     A 7 x 7 stem of stride 2, then four stages of two 3 x 3 convolutions with strides 2, 2, 2, 1: 200 x 257 gives a
-    13 x 17 map. `small` (inputs of 100 x 129): strides 1, then 1, 2, 2, 2, which ends in the same 13 x 17; the
-    source gives the first three, the last is our choice.
+    13 x 17 map. `small` (AVID's ablations, inputs of 100 x 129): strides 1, 2, 2, 1, which end in the same 13 x 17.
     """
 
     def __init__(self, depth: int = 10, width: int = 64, small: bool = False, pool: Pool = "max") -> None:
@@ -177,9 +176,9 @@ class AudioNet(Encoder):
             raise UsageError(f"no sound network of depth {depth}", "there is: 10")
         check_net(width, pool)
         self.pool, self.dim = pool, 8 * width
-        self.conv1 = nn.Sequential(*_conv2d(1, width, 7, 1 if small else 2))
+        self.conv1 = nn.Sequential(*_conv2d(1, width, 7, 2))
         inputs = width
-        for index, (name, stride) in enumerate(zip(BLOCKS, (1, 2, 2, 2) if small else (2, 2, 2, 1), strict=True)):
+        for index, (name, stride) in enumerate(zip(BLOCKS, (1, 2, 2, 1) if small else (2, 2, 2, 1), strict=True)):
             outputs = width * 2**index
             layers = nn.Sequential(*_conv2d(inputs, outputs, 3, stride), *_conv2d(outputs, outputs, 3, 1))
             self.add_module(name, layers)

@@ -43,8 +43,8 @@ def needs_of(config: RunConfig) -> Needs:
         size=c.get("size", 0),
         seconds=c.get("seconds", 0.0),
         front_end=c.get("front_end"),
-        picture=line.picture,
-        sound=line.sound,
+        picture=line.picture is not False,  # None: of a configuration with `needs()`
+        sound=line.sound is not False,
         labels=line.labels,
         max_offset=c.get("max_offset", 0.0),
         copies=c.get("copies", 1),

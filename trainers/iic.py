@@ -12,7 +12,10 @@ What differs from the papers, and why:
 * Cross-modal: a picture's positive is its video's remembered sound, a sound's its picture (IIC: two views of sight).
 * A sound's time is destroyed by shuffling 16 blocks of its spectrogram (repeating one column would leave no sound).
 * K = 1024 bank entries of the other modality and the one intra-negative share one NCE, as AVID runs it: the noise count
-  is K + 1, its constant Z that of the first batch. The intra-negative is of this step, and takes a gradient.
+  is K + 1, its constant Z that of the first batch. The intra-negative is of this step, and takes a gradient. IIC's code
+  defaults to a softmax (NCE by option), and keeps the timeless clips in a third memory, of which the own row and K more
+  are negatives: 2 K + 2 candidates, none with a gradient.
+* Half of each direction; the code sums both. It compares the networks' 512 features, which here are projected to 128.
 * A sound meets its own video's timeless picture, a picture its own timeless sound: negatives of the modality of the
   positive.
 * Random choices are counter hashes: the same on any number of processes and after a restart.
@@ -55,7 +58,7 @@ class Config(PairConfig):
     temperature: float = 0.07  # [C]
     bank_momentum: float = 0.5  # [C]
     hidden: int = 2048  # [ours] as S1's other rivals
-    dim: int = 128  # [C]
+    dim: int = 128  # [ours] as S1's other rivals; [C] 512, the features themselves
     head_batch_norm: bool = False  # [ours]; True in the tiny preset
 
     def problems(self) -> list[str]:

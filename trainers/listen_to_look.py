@@ -6,19 +6,22 @@ hears the clip's sound learns to say what a teacher says that watches every fram
 the teacher's class probabilities. Which moments of a long video to look at with it: `preview.py`, the second stage.
 
     avstore train avid && avstore train listen-to-look                       # taught by a run
-    avstore train listen-to-look --set teacher=runs/supervised dim=512       # any run, weights file, column of vectors
+    avstore train listen-to-look --set teacher=runs/supervised --set dim=512  # any run, weights file, column of vectors
     avstore train avid --preset tiny && avstore train listen-to-look --preset tiny
 
 Sources of teachers: `teacher.py`. What the report leaves open, and what differs:
 * The teacher's classes. Its network is fixed, as the report asks; its fully-connected layer is trained here, on its
   fixed descriptors with the videos' labels, since a self-supervised teacher has none. No gradient of eq. 3.1 reaches
   that layer, and none of its own cross-entropy the student: labels touch the student through the teacher alone.
+  While that layer says all classes are alike, eq. 3.1 says so to the student: it has a rate of its own
+  (`teacher_rate`), high and constant, so that the teacher is ahead of its student, as the report's is throughout.
 * Eq. 3.1 is named KL; it is the cross-entropy (the gradient is the same).
 * Eq. 3.2 is a sum over the descriptor's numbers: at width 512 about as large as eq. 3.1 weighed by 100. `l1=mean`
   divides by the width. Both are means over clips. lambda is not printed: 100 [M].
 * Student: image ResNet-18, a sound ResNet-18 with a stem of stride 1 whose last three bins are folded to one before the
   maximum over time, Psi of two layers (1024 - 1024 - 512), as in the code of the second stage. Table 7.1 calls its rows
   ResNet-152 and R(2+1)D-152: the teachers', by their names.
+* Crops, colours and gain are AVID's (the loop's defaults): the report names none.
 * Towers: `video` is the image descriptor z^I, `audio` z^A, `joint` Psi(z^I, z^A), the only one that the teacher shapes
   directly.
 """
@@ -67,8 +70,9 @@ class Config:
     seconds: float = 1.0  # [C] about 101 rows of 10 ms
     front_end: str = "l2l-mel40"  # [C]
     learning_rate: float = 1e-4  # [ours] Adam, which does not mind the scale of a sum
+    teacher_rate: float = 1e-2  # [ours] of the teacher's layer alone, constant; 0: as the student's
     weight_decay: float = 1e-5  # [ours]
-    schedule: Literal["constant", "cosine"] = "cosine"  # [ours]
+    schedule: Literal["constant", "cosine", "multistep"] = "cosine"  # [ours]
     warmup_steps: int = 0  # [ours]
     batch: int = 256  # [ours]
     epochs: int = 30  # [ours]
@@ -82,7 +86,7 @@ class Config:
                 ("l1", ("sum", "mean")),
                 ("image_net", tuple(IMAGE)),
                 ("audio_net", tuple(AUDIO)),
-                ("schedule", ("constant", "cosine")),
+                ("schedule", ("constant", "cosine", "multistep")),
             )
             if getattr(self, name) not in allowed
         ]
@@ -96,8 +100,11 @@ class Config:
             for name in ("learning_rate", "seconds")
             if not getattr(self, name) > 0
         ]
-        if self.kl_weight < 0:
-            wrong.append(f"kl_weight {self.kl_weight} must not be negative")
+        wrong += [
+            f"{name} {getattr(self, name)} must not be negative"
+            for name in ("kl_weight", "teacher_rate")
+            if getattr(self, name) < 0
+        ]
         if wrong:
             raise UsageError(
                 "the configuration of listen-to-look does not hold", "; ".join(wrong), "correct it with --set"
@@ -116,6 +123,7 @@ TINY = replace(
     size=64,
     front_end="avid-linear129",
     learning_rate=2e-3,
+    teacher_rate=0.02,
     warmup_steps=20,
     batch=24,
     epochs=16,
@@ -170,6 +178,10 @@ class ListenToLook(Stateless):
             front_end=config.front_end,
             labels=True,
         )
+
+    def own_rates(self) -> dict[str, float]:
+        """The teacher's layer does not follow the student's schedule; see `optimiser`."""
+        return {"teacher_classifier.": self.config.teacher_rate} if self.config.teacher_rate else {}
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, float | Tensor]]:
         """`step`, so that DistributedDataParallel sees the pass."""

@@ -39,15 +39,15 @@ class MethodFile:
 @dataclass(frozen=True)
 class Method:
     """A line of METHODS. `stage` names the method whose run this one starts from; `views`: clips of a video that it
-    compares (1: one clip, its picture with its sound)."""
+    compares (1: one clip, its picture with its sound). None: its settings say."""
 
     load: Callable[[], MethodFile]
     paper: str
     summary: str
-    picture: bool = True
-    sound: bool = True
+    picture: bool | None = True
+    sound: bool | None = True
     labels: bool = False
-    views: int = 1
+    views: int | None = 1
     stage: str | None = None
 
 
@@ -187,17 +187,19 @@ def _published() -> MethodFile:
 
 
 METHODS: dict[str, Method] = {
-    "avid": Method(_avid, "Morgado et al. 2021", "instance discrimination across sight and sound"),
+    "avid": Method(_avid, "Morgado et al. 2020", "instance discrimination across sight and sound"),
     "avid-softmax": Method(_avid_softmax, "audio-focused report, ch. 4", "AVID as a (K+1)-way softmax"),
     "avid-cma": Method(_avid_cma, "Morgado et al. 2021", "AVID, then positives that agree in both", stage="avid"),
     "temporal": Method(
-        _temporal, "Lavania et al.", "AVID-CMA that fills in masked snippets", views=5, stage="avid-cma"
+        _temporal, "Lavania et al.", "AVID-CMA that fills in masked snippets", views=None, stage="avid-cma"
     ),
     "crisscross": Method(_crisscross, "Sarkar and Etemad 2023", "predicts across sight, sound and time", views=2),
     "sscl-stage-1": Method(_sscl_stage_1, "Zhang et al. 2021", "sight learns alone, then teaches sound"),
     "sscl": Method(_sscl, "Zhang et al. 2021", "then sound teaches sight", stage="sscl-stage-1"),
     "avcl": Method(_avcl, "Liu et al. 2022", "fuses, aligns and contrasts a clip and the whole sound"),
-    "ccl": Method(_ccl, "Chen et al. 2021", "distils teachers of sound and images by composition", labels=True),
+    "ccl": Method(
+        _ccl, "Chen et al. 2021", "distils teachers of sound and images by composition", sound=None, labels=True
+    ),
     "listen-to-look": Method(
         _listen_to_look, "Gao et al. 2020", "one picture and its sound learn what a clip model says", labels=True
     ),
@@ -211,7 +213,9 @@ METHODS: dict[str, Method] = {
     "avts": Method(_avts, "Korbar et al. 2018", "in time or not: other videos first, then shifted sound", views=2),
     "xdc": Method(_xdc, "Alwassel et al. 2020", "each modality learns the clusters of the other"),
     "cm-acc": Method(_cm_acc, "Ma et al. 2021", "contrast with keys chosen for their gradients"),
-    "supervised": Method(_supervised, "AVCL's baselines", "labels of the picture, the sound or both", labels=True),
+    "supervised": Method(
+        _supervised, "AVCL's baselines", "labels of picture, sound or both", picture=None, sound=None, labels=True
+    ),
 }
 
 

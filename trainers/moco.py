@@ -41,10 +41,10 @@ class Config(PairConfig):
     """Defaults: S1's comparison; what is not here is `pair.PairConfig`'s."""
 
     queue: int = 65536  # [C] MoCo; never more than a quarter of the videos
-    key_momentum: float = 0.999  # MoCo, section 4.1
+    key_momentum: float = 0.999  # [M] MoCo, section 4.1
     temperature: float = 0.2  # [C] MoCo v2; S1 names none
     hidden: int = 2048  # [C] MoCo v2's projector
-    dim: int = 128  # MoCo, section 3.3
+    dim: int = 128  # [M] MoCo, section 3.3
     head_batch_norm: bool = False  # [ours]; True in the tiny preset
 
     def problems(self) -> list[str]:

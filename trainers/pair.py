@@ -5,6 +5,10 @@ picture and the sound of a video. `PairConfig` is that comparison's common recip
 and says where it leaves the recipe. `Pair` holds the two trunks, runs what is there through them, and answers the
 contract (`trainers`) where a method has nothing of its own to say: no state, nothing to prepare. No loss is here.
 
+Of augmentation S1 names random crops alone (16 x 112 x 112 out of pictures of 128 lines, and of the sound images): the
+paper presets crop at any place, and neither flip nor jitter. VCOP and IIC squeeze every picture to 128 x 171 first;
+here a picture keeps its shape.
+
 A sound network of `backbones.AUDIO` hears the spectrogram; one of `backbones.VIDEO` a `sound_image`, and then the
 whole sound, as S1 has it.
 """
@@ -16,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -54,12 +58,20 @@ class PairConfig:
     learning_rate: float = 1e-3  # [S1]
     momentum: float = 0.9  # [S1]
     weight_decay: float = 5e-4  # [S1]
-    schedule: Literal["constant", "cosine"] = "constant"  # [ours] the paper names none
+    schedule: Literal["constant", "cosine", "multistep"] = "constant"  # [ours] the paper names none
     warmup_steps: int = 0  # [ours]
     batch: int = 16  # [S1]; starves methods that contrast within a batch
     epochs: int = 300  # [S1]
     draws: int = 1  # [ours] one clip of each video per epoch
-    seed: int = 0
+    seed: int = 0  # [ours]
+    crop: Literal["resized", "random"] = "random"  # [S1] section 3.2: "randomly cropped to 112x112"
+    crop_area: tuple[float, float] = (0.08, 1.0)  # [ours] of crop=resized, AVID's
+    flip: float = 0.0  # [S1] section 3.2 names crops alone
+    brightness: float = 0.0  # [S1] likewise
+    contrast: float = 0.0  # [S1] likewise
+    saturation: float = 0.0  # [S1] likewise
+    hue: float = 0.0  # [S1] likewise
+    sound_gain: float = 0.0  # [S1] likewise
 
     def __post_init__(self) -> None:
         wrong = self.problems()
@@ -74,8 +86,7 @@ class PairConfig:
                 ("video_net", tuple(VIDEO)),
                 ("audio_net", (*AUDIO, *VIDEO)),
                 ("pool", ("max", "avg")),
-                ("optimiser", ("adam", "adamw", "sgd")),
-                ("schedule", ("constant", "cosine")),
+                *((key, get_args(get_type_hints(PairConfig)[key])) for key in ("optimiser", "schedule", "crop")),
             )
             if getattr(self, name) not in allowed
         ]
@@ -88,11 +99,13 @@ class PairConfig:
         return self.audio_net in VIDEO
 
 
-# the networks and the minute of AVID's tiny preset: 400 steps of 24 clips of the demo set on two CPU cores [ours]
+# the networks, pictures and minute of AVID's tiny preset: 400 steps of 24 demo clips on two CPU cores [ours]
 TINY: Mapping[str, Any] = {
     "video_net": "avid-r2plus1d-10", "audio_net": "avid-conv2d-10", "width": 16, "pool": "avg", "frames": 8, "fps": 8,
     "size": 64, "seconds": 2.0, "front_end": "avid-linear129", "optimiser": "adam", "learning_rate": 2e-3,
     "weight_decay": 1e-5, "schedule": "cosine", "warmup_steps": 20, "batch": 24, "epochs": 16, "draws": 2,
+    "crop": "resized", "crop_area": (0.6, 1.0), "flip": 0.5, "brightness": 0.0, "contrast": 0.0, "saturation": 0.0,
+    "hue": 0.0, "sound_gain": 0.1,
 }  # fmt: skip
 
 

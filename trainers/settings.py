@@ -22,19 +22,19 @@ class Row:
 
     key: str
     value: Any
-    paper: Any  # the paper's value; None for keys of the loop that the method leaves alone
+    paper: Any  # the paper's value; None for choices of ours in the loop that the method leaves alone
     source: str  # where it comes from: the comment behind the field
     of: str  # 'method' or 'loop': whose key it is
 
 
 def show_config(config: RunConfig) -> list[Row]:
     """Every key of a run with its value, the paper's value, and where that comes from; the method's own first."""
-    paper = preset_of(config.name, "paper").method
+    paper = preset_of(config.name, "paper").values()
     own, loop = comments(type(config.method)), comments(TrainConfig)
     return [
-        Row(key, value, getattr(paper, key), own[key] or loop.get(key, ""), "method")
+        Row(key, value, paper[key], own[key] or loop.get(key, ""), "method")
         if key in own
-        else Row(key, value, None, loop[key], "loop")
+        else Row(key, value, None if loop[key].startswith("[ours]") else paper[key], loop[key], "loop")
         for key, value in config.values().items()
     ]
 

@@ -38,7 +38,7 @@ class Config(PairConfig):
 
     temperature: float = 0.1  # [ours] S1 names none; SimCLR's Table 5
     hidden: int = 2048  # [ours] SimCLR: a non-linear projector, here 512-2048-128
-    dim: int = 128  # SimCLR, section 2.1
+    dim: int = 128  # [ours] as SimCLR's section 2.1 [M]
     head_batch_norm: bool = False  # [ours]; True in the tiny preset
 
     def problems(self) -> list[str]:

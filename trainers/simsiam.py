@@ -35,8 +35,8 @@ __all__ = ["PRESETS", "Config", "SimSiam", "clips", "negative_cosine"]
 class Config(PairConfig):
     """Defaults: S1's comparison; what is not here is `pair.PairConfig`'s."""
 
-    dim: int = 2048  # SimSiam, section 3
-    predictor_hidden: int = 512  # SimSiam, section 3
+    dim: int = 2048  # [C] SimSiam, section 3
+    predictor_hidden: int = 512  # [C] SimSiam, section 3
 
     def problems(self) -> list[str]:
         return super().problems() + below(self, 1, "dim", "predictor_hidden")

@@ -17,7 +17,7 @@ batch statistics move), the rest of its epochs trains both. What the report leav
   on with its own eq. 4.4 (4.5), weighed alike. `cross`: eq. 5.1 (5.2) as printed, the teacher only moves its memory.
   `live`: the positive of eq. 5.1 (5.2) is the teacher's present embedding, so that its gradient reaches both.
 * Both memories move whenever their network is run, so stage II starts with what sound learned in stage I.
-* The 3-D network has no name in the report; ours is AVID's. The heads are AVID's too.
+* The 3-D network has no name in the report; ours is AVID's. The heads are AVID's too, and so are crops, colours, gain.
 """
 
 # legend: B batch, K negatives, N videos of the selection, D embedding
@@ -67,7 +67,7 @@ class Config:
     max_offset: float = 0.5  # [C]
     learning_rate: float = 2e-4  # [C] Adam, constant
     warmup_steps: int = 0  # [C]
-    schedule: Literal["constant", "cosine"] = "constant"  # [C]
+    schedule: Literal["constant", "cosine", "multistep"] = "constant"  # [C]
     weight_decay: float = 1e-5  # [C]
     batch: int = 256  # [C]
     epochs: int = 30  # [C] of each stage
@@ -79,7 +79,7 @@ class Config:
         for name, allowed in (
             ("joint", ("uni+cross", "cross", "live")),
             ("pool", ("max", "avg")),
-            ("schedule", ("constant", "cosine")),
+            ("schedule", ("constant", "cosine", "multistep")),
         ):
             if getattr(self, name) not in allowed:
                 wrong.append(f"{name} {getattr(self, name)!r}: {did_you_mean(getattr(self, name), allowed)}")
@@ -122,7 +122,21 @@ TINY = replace(  # a few hundred clips on a CPU [ours]
     epochs=8,
     draws=2,
 )
-PRESETS = {"paper": Config(), "tiny": TINY}
+SMALL = replace(  # a CPU within hours, or a GPU in minutes [ours]
+    TINY,
+    teacher_epochs=10,
+    width=32,
+    hidden=256,
+    fps=16,
+    size=112,
+    negatives=256,
+    batch=64,
+    learning_rate=5e-4,
+    warmup_steps=50,
+    epochs=30,
+    draws=4,
+)
+PRESETS = {"paper": Config(), "small": SMALL, "tiny": TINY}
 
 
 # ---- losses: per sample, no state -----------------------------------------------------------------------------

@@ -25,8 +25,8 @@ class Towers(nn.Module):
 
     video_net, audio_net: names of `backbones.VIDEO` and AUDIO; None: AVID's of `video_depth`, `audio_depth`. width:
     channels of the first stage, pool: of the last map; None: 64 and max, or what a named network's paper has. small:
-    AVID's networks without the stem's max-pool. head: features of an encoder -> its head, which tells `dim`; None:
-    AVID's of `hidden`, `dim` and `head_batch_norm`. The global random state is left as it was.
+    the networks of AVID's ablations. head: features of an encoder -> its head, which tells `dim`; None: AVID's of
+    `hidden`, `dim` and `head_batch_norm`. The global random state is left as it was.
     """
 
     def __init__(

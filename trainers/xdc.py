@@ -9,11 +9,15 @@ the labels come from the other sense is what keeps a network from confirming its
 What differs from the paper (recalled, its training code is not public), and why:
 * Features to cluster are those that the training itself met: a bank keeps, for each video, the normalised features of
   its newest clip, instead of another pass over the data. They are of augmented clips, and up to an epoch old.
+* What one augmented clip of a small, untrained network gives is mostly noise, and k-means finds clusters that the other
+  sense cannot tell: the loss then hardly falls. `tiny` therefore keeps a moving mean over a video's clips
+  (`feature_momentum`) and clusters it in a few whitened principal components (`whiten`, DeepCluster's preparation).
 * So epoch 0 only collects: its loss is 0 and no weight moves (but for weight decay), which makes the first clusters
   those of the random networks, as the paper's are. Adam would turn weight decay alone into full steps: it is refused.
 * The paper draws clips uniformly over clusters. Here every clip comes once per draw and is weighted by
   N / (clusters * size of its cluster): the same expectation.
 * The last layers are made anew at each round (their momentum in the optimiser is not).
+* Pictures are cropped and coloured, and sounds made louder, as AVID's code does: what the paper does is not at hand.
 * k-means is FAISS', on the CPU; a cluster that ends empty takes the point that lies worst in a cluster of several.
 """
 
@@ -37,7 +41,7 @@ from trainers.distributed import all_gather_rows, global_means
 from trainers.pair import TINY, Metrics, Pair, PairConfig, below, clips, present, seeded, spread
 from trainers.towers import unit
 
-__all__ = ["PRESETS", "Config", "Xdc", "balance", "clips", "kmeans", "pseudo_label_loss"]
+__all__ = ["PRESETS", "Config", "Xdc", "balance", "clips", "kmeans", "pseudo_label_loss", "whitened"]
 
 CLUSTER = 0x6B6D6561  # stream of `trainers.draws`: "kmea"
 _POINTS = 1024  # per cluster that k-means is fitted on; all are assigned
@@ -50,21 +54,38 @@ class Config(PairConfig):
     clusters: int = 64  # [M] k; 64 to 512
     round_epochs: int = 1  # [ours] epochs between clusterings
     iterations: int = 20  # [ours] of k-means
+    whiten: int = 0  # [M] L2 alone; above 0: so many whitened principal components first
+    feature_momentum: float = 0.0  # [M] the newest clip's features; above 0: a moving mean over a video's clips
     video_net: str = "r2plus1d-18"  # [C] XDC's released network
     audio_net: str = "resnet-18"  # [M]
+    width: int = 64  # [C]
+    pool: Literal["max", "avg"] = "avg"  # [C]
     frames: int = 32  # [S4] Table 2; 8 in its other rows
     fps: int | Literal["native"] = 30  # [M]
     size: int = 112  # [M]
     seconds: float = 1.0  # [ours]
     front_end: str = "gdt-fbank40"  # [M] 40 mel bands; which recipe [ours]
+    optimiser: Literal["adam", "adamw", "sgd"] = "sgd"  # [M]
     learning_rate: float = 0.01  # [M]
+    momentum: float = 0.9  # [M]
     weight_decay: float = 1e-4  # [M]
     batch: int = 256  # [ours]
     epochs: int = 100  # [ours]
     draws: int = 1  # [ours] clips of each video per epoch
+    crop: Literal["resized", "random"] = "resized"  # [ours] AVID's
+    crop_area: tuple[float, float] = (0.08, 1.0)  # [ours] AVID's
+    flip: float = 0.5  # [ours] AVID's
+    brightness: float = 0.4  # [ours] AVID's
+    contrast: float = 0.4  # [ours] AVID's
+    saturation: float = 0.4  # [ours] AVID's
+    hue: float = 0.2  # [ours] AVID's
+    sound_gain: float = 0.1  # [ours] AVID's
 
     def problems(self) -> list[str]:
         wrong = super().problems() + below(self, 2, "clusters") + below(self, 1, "round_epochs", "iterations")
+        wrong += below(self, 0, "whiten")
+        if not 0 <= self.feature_momentum < 1:
+            wrong.append(f"feature_momentum {self.feature_momentum} must lie in [0, 1)")
         if self.optimiser == "adam" and self.weight_decay:
             wrong.append("optimiser adam with weight_decay moves weights in the epoch that collects: take adamw")
         return wrong
@@ -72,7 +93,9 @@ class Config(PairConfig):
 
 PRESETS = {
     "paper": Config(),
-    "tiny": Config(**{**TINY, "optimiser": "adamw", "clusters": 16, "round_epochs": 3}),
+    "tiny": Config(
+        **{**TINY, "optimiser": "adamw", "clusters": 16, "round_epochs": 3, "whiten": 8, "feature_momentum": 0.5}
+    ),
 }
 
 
@@ -108,6 +131,23 @@ def kmeans(x_ND: np.ndarray, clusters: int, seed: int, iterations: int = 20) -> 
         worst = int(np.where(several, distance, -np.inf).argmax())
         label[worst], distance[worst] = empty, 0.0
     return label
+
+
+def whitened(x_ND: np.ndarray, components: int) -> np.ndarray:
+    """float32 (N, components or fewer): unit rows of as many whitened principal components as there are of variance.
+
+    Whitened, no few directions decide alone which rows are near, and clusters are of more even sizes; DeepCluster
+    (Caron et al. 2018, recalled) prepares its features so. Where all rows are equal: zeros (N, 1).
+    """
+    x = x_ND.astype(np.float64)
+    x -= x.mean(0)
+    value, vector = np.linalg.eigh(x.T @ x / len(x))
+    value, vector = value[::-1][:components], vector[:, ::-1][:, :components]
+    kept = value > max(float(value[0]) * 1e-10, 1e-20)
+    if not kept.any():
+        return np.zeros((len(x), 1), np.float32)
+    z = x @ vector[:, kept] / np.sqrt(value[kept])
+    return (z / np.maximum(np.linalg.norm(z, axis=1, keepdims=True), 1e-12)).astype(np.float32)
 
 
 def balance(label_N: Tensor, clusters: int) -> Tensor:
@@ -150,7 +190,8 @@ class Xdc(Pair):
             self.video_classifier = nn.Linear(self.video.dim, config.clusters)
             self.audio_classifier = nn.Linear(self.audio.dim, config.clusters)
         self.video_head = self.audio_head = nn.Identity()
-        self.bank = MemoryBank(n_rows, self.video.dim, config.seed, momentum=0.0)
+        self.bank = MemoryBank(n_rows, self.video.dim, config.seed, momentum=config.feature_momentum)
+        self.bank.memory.zero_()  # a row's first features are taken as they are: no noise in its mean
         self.round = 0  # 0: collecting; from 1 on, clusterings made
         self.labels = torch.full((n_rows, 2), -1)  # clusters of sight and of sound
         self.weights = torch.zeros(n_rows, 2)  # `balance` of both
@@ -165,7 +206,7 @@ class Xdc(Pair):
         """Clusters what the last round left in the bank, where a new round begins; collective."""
         if self.due(epoch) == self.round:
             return {}
-        before = self.labels
+        before = self.labels.to(self.bank.memory.device)  # of round 0: still where it was made
         self.round = self.due(epoch)
         self._label(self._cluster())
         self._renew()
@@ -188,6 +229,8 @@ class Xdc(Pair):
         rows = self.bank.complete().nonzero()[:, 0].cpu()
         for modality in (0, 1):
             x = self.bank.memory[rows.to(self.bank.memory.device), modality].float().cpu().numpy()
+            if self.config.whiten:
+                x = whitened(x, self.config.whiten)
             seed = draws.key(self.config.seed, CLUSTER, self.round, modality)
             labels[rows, modality] = torch.from_numpy(kmeans(x, self.config.clusters, seed, self.config.iterations))
         device = self.bank.memory.device
