@@ -25,7 +25,7 @@ OWN: dict[str, dict[str, Any]] = {
     "iic": {"hidden": 16, "dim": 8, "negatives": 6, "blocks": 4},
     "l3": {"hidden": 16},
     "avts": {"hidden": 16, "dim": 8, "hard_share": 0.5},
-    "xdc": {"clusters": 3, "round_epochs": 1},
+    "xdc": {"clusters": 3, "round_epochs": 1, "whiten": 0, "feature_momentum": 0.0},
     "cm-acc": {"hidden": 16, "dim": 8, "candidates": 2, "key_momentum": 0.9},
     "supervised": {"hidden": 16, "dropout": 0.0},
 }

@@ -28,11 +28,12 @@ from torch.nn import functional as F
 from avstore.errors import ConflictError, UsageError
 from trainers import preview
 from trainers.batch import Batch
-from trainers.config import resolve
+from trainers.config import TrainConfig, resolve
 from trainers.embed import embed
 from trainers.listen_to_look import PRESETS, Config, ListenToLook, descriptor_distance, soft_cross_entropy
 from trainers.loop import train
 from trainers.metrics import read_metrics
+from trainers.optimiser import make_optimiser
 
 SMALL = replace(PRESETS["tiny"], width=4, hidden=16, dim=12, frames=2, size=16, batch=6, epochs=4, draws=1)
 # Ten SGD steps in float64: equal to the bit twice on one machine, 1e-4 across machines.
@@ -113,6 +114,37 @@ def test_labels_teach_the_teacher_s_layer_only() -> None:
     assert torch.equal(one.teacher_classifier.weight.grad, other.teacher_classifier.weight.grad)
 
 
+def test_the_teacher_s_layer_has_a_rate_of_its_own() -> None:
+    """Constant, whatever the schedule gives the student; none where it is 0."""
+    method = make(teacher_rate=0.5)
+    optimiser = make_optimiser(method, TrainConfig(optimiser="sgd", learning_rate=0.1))
+    for group in optimiser.param_groups:
+        group["lr"] = 0.0  # what a schedule ends with
+    before = {k: p.detach().clone() for k, p in method.named_parameters()}
+    method(labelled())[0].backward()
+    optimiser.step()
+    for k, p in method.named_parameters():
+        moved = before[k] - p.detach()
+        expected = 0.5 * p.grad if k.startswith("teacher_classifier.") else torch.zeros_like(p)
+        torch.testing.assert_close(moved, expected, msg=k)
+    assert make(teacher_rate=0.0).own_rates() == {}
+
+
+def test_a_teacher_that_is_ahead_teaches_sooner() -> None:
+    """The student agrees with the labels, which it never sees, in fewer steps where the teacher's layer is fast."""
+    batch, right = labelled([(7 * k) % ROWS for k in range(24)]), []
+    for rate in (0.0, 0.05):
+        method = make(teacher_rate=rate, kl_weight=10.0)
+        optimiser = make_optimiser(method, TrainConfig(optimiser="adam", learning_rate=2e-3))
+        for _ in range(25):
+            loss, metrics = method(batch)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+        right.append((float(metrics["kl"]), float(metrics["accuracy"])))
+    assert right[1][0] < right[0][0] - 0.2 and right[1][1] > 0.9, right
+
+
 def test_embeddings() -> None:
     method, batch = make().eval(), labelled()
     with torch.no_grad():
@@ -130,8 +162,8 @@ def test_embeddings() -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("l1", "max"), ("kl_weight", -1.0), ("image_net", "resnet-9"), ("audio_net", "vcop-r3d"), ("dim", 0),
-     ("seconds", 0.0), ("schedule", "step")],
+    [("l1", "max"), ("kl_weight", -1.0), ("teacher_rate", -1.0), ("image_net", "resnet-9"), ("audio_net", "vcop-r3d"),
+     ("dim", 0), ("seconds", 0.0), ("schedule", "step")],
 )  # fmt: skip
 def test_settings_that_do_not_hold(key: str, value: Any) -> None:
     with pytest.raises(UsageError, match="does not hold") as e:
