@@ -40,8 +40,8 @@ class VideoAugment:
     """Training's augmentation; the defaults are AVID's (methods.md 2.4). Jitters are half-widths, 0 turns one off.
 
     crop "resized": of any `area` and `ratio`. "random": of evaluation's scale, at any place ("112 of 128x171": VCOP,
-    IIC, AVCL); area and ratio then count for nothing. CrissCross adds grey=0.2, blur=0.5 (probabilities) and cutout=20 (side in pixels, filled with the mean); a run's
-    settings call them gray, blur and cutout.
+    IIC, AVCL); area and ratio then count for nothing. CrissCross adds grey=0.2, blur=0.5 (probabilities) and cutout=20
+    (side in pixels, filled with the mean); a run's settings call them gray, blur and cutout.
     """
 
     size: int = 112
@@ -84,8 +84,8 @@ class VideoAugment:
         return np.atleast_2d(draws.uniform(seed, "augment", epoch, video, draw, self.NUMBERS))
 
     def crops(self, boxes: Any, u: NDArray[np.float64]) -> Boxes:
-        """Random crops inside boxes (B, 4) [y, x, h, w]: int64 (B, 4). Resized ones by torchvision's algorithm (10 tries
-        at an area and a log-uniform ratio, then the largest centre crop of an allowed ratio)."""
+        """Random crops inside boxes (B, 4) [y, x, h, w]: int64 (B, 4). Resized ones by torchvision's algorithm (10
+        tries at an area and a log-uniform ratio, then the largest centre crop of an allowed ratio)."""
         boxes = _host(boxes)
         if self.crop == "random":
             side = evaluated_side(boxes)

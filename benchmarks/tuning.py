@@ -69,16 +69,10 @@ def needs_for(run: Run, store: Store, recipe: Recipe) -> Needs:
             "frames that were not kept cannot be read",
             f"--fps {store.spec.fps}, or ingest into another store with --fps {recipe.fps}",
         )
-    if picture and recipe.size and recipe.size > store.spec.height:
-        raise ConflictError(
-            f"pictures of {recipe.size} pixels are asked, {store.path} has {store.spec.height}",
-            "pixels that were not kept cannot be read",
-            f"--size {store.spec.height * 7 // 8}, or ingest into another store with --profile 224",
-        )
     return Needs(
         frames=recipe.frames if picture else 0,
         fps=recipe.fps,
-        size=(recipe.size or needs.size) if picture else 0,
+        size=needs.size if picture else 0,
         seconds=needs.seconds if sound else 0.0,
         front_end=needs.front_end if sound else None,
         picture=picture,
@@ -96,10 +90,8 @@ def clips(
     *,
     epochs: int = 1,
     seed: int | None = None,
-    blur: float | None = None,
 ) -> Iterator[Batch]:
-    """Batches of `epochs` epochs. seed: random windows with the run's augmentation (blur: its chance, None: the run's);
-    None: evenly spaced, centred."""
+    """Batches of `epochs` epochs. seed: random windows with the run's augmentation; None: evenly spaced, centred."""
     loop, rate = run.config.loop, store.spec.sample_rate
     whole = bool(getattr(policy_of(run.config, rate), "whole_sound", False))
     views: Views = UniformView(order.draws, together=not whole) if seed is None else RandomView(whole_sound=whole)
@@ -109,8 +101,8 @@ def clips(
     if needs.picture:
         augment = VideoAugment(
             size=needs.size, crop=loop.crop, area=loop.crop_area, flip=loop.flip, brightness=loop.brightness,
-            contrast=loop.contrast, saturation=loop.saturation, hue=loop.hue, grey=loop.gray,
-            blur=loop.blur if blur is None else blur, cutout=loop.cutout,
+            contrast=loop.contrast, saturation=loop.saturation, hue=loop.hue, grey=loop.gray, blur=loop.blur,
+            cutout=loop.cutout,
         )  # fmt: skip
     loader = open_loader(store, numbers, needs, order, views, seed=seed or 0, threads=loop.decode_threads,
                          in_process=loop.in_process, device=device)  # fmt: skip
@@ -159,9 +151,6 @@ class Classifier(nn.Module):
     def __init__(self, method: nn.Module, classes: int, recipe: Recipe, seed: int) -> None:
         super().__init__()
         self.nets = nn.ModuleDict({m: trunk(method, m) for m in ("v", "a") if m in recipe.modality})
-        if recipe.pool != "run":
-            for net in self.nets.values():
-                net.pool = recipe.pool  # type: ignore[assignment]
         self.fusion = getattr(method, "amfm", None) if recipe.modality == "av" else None
         self.hear: Any = getattr(method, "hear", None)  # its spectrogram as its sound network wants it
         width = sum(int(net.dim) for net in self.nets.values())  # type: ignore[arg-type,misc]
@@ -230,13 +219,11 @@ def tune(
     scratch: bool = False,
     device: str = "auto",
     progress: Progress = lambda done, total: None,
-    keep: Callable[[Classifier], None] | None = None,
 ) -> Tuned:
     """Trains `method`'s encoders (in place) with a classifier, and tests them.
 
     scratch: everything learns from the first epoch on, for as many epochs: a frozen random network would waste the
-    warm-up. keep: called with the network that was tested. AvstoreError at the first loss that is not finite;
-    UsageError where select=validation finds a class with
+    warm-up. AvstoreError at the first loss that is not finite; UsageError where select=validation finds a class with
     one training video only.
     """
     began = time.monotonic()
@@ -259,7 +246,7 @@ def tune(
     log: list[dict[str, float]] = []
     best: tuple[float, int] | None = None
     chosen: tuple[float, dict[str, Tensor], int] | None = None
-    feed = clips(run, store, train[0], needs, order, on, epochs=total, seed=seed, blur=recipe.blur)
+    feed = clips(run, store, train[0], needs, order, on, epochs=total, seed=seed)
     with torch.random.fork_rng(devices=[on] if on.type == "cuda" else []), contextlib.closing(feed):  # type: ignore[type-var]
         torch.manual_seed(key(seed, DROPOUT) & (2**63 - 1))  # dropout's
         for epoch in range(total):
@@ -307,8 +294,6 @@ def tune(
         video, clip = log[-1]["test"], log[-1]["test clips"]
     else:
         video, clip = _accuracy(scores(net, run, store, test[0], needs, recipe, on, autocast), test[1])
-    if keep is not None:
-        keep(net)
     return Tuned(video, clip, at, best and best[0], best and best[1], tuple(log), round(time.monotonic() - began, 1))
 
 

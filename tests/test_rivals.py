@@ -21,7 +21,6 @@ from trainers.config import resolve
 from trainers.fit import needs_of
 from trainers.methods import METHODS
 from trainers.metrics import read_metrics
-from trainers.pair import PairConfig
 from trainers.run import Run
 from trainers.settings import comments
 from trainers.supervised import Supervised
