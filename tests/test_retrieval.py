@@ -331,3 +331,15 @@ def test_what_cannot_be_asked_is_told(
     arguments = ["bench", "retrieval", str(store.path), "--run", str(run), "--no-raw", "--seeds", "0", *block, *words]
     assert invoke(arguments) in (2, 4)
     assert told in capsys.readouterr().err
+
+
+def test_a_store_made_alike_is_another_store(tmp_path: Path) -> None:
+    a, b = store_in(tmp_path / "a"), avstore.open(
+        make_store(tmp_path / "b.zarr", [Tiny(2.0, key=f"other/{i}.mp4", label="a") for i in range(12)],
+                   default_spec(sample_rate=24000))
+    )  # fmt: skip
+    assert a.fingerprint == b.fingerprint
+    run = train("avid", a, config("epochs=1"), tmp_path / "run").run
+    found = trained_on(run.path, a)
+    assert found is not None and len(found) == 10
+    assert trained_on(run.path, b) is None
