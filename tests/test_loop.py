@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -66,6 +67,40 @@ def test_a_run_from_beginning_to_end(store: Store, tmp_path: Path) -> None:
     repeated = train("avid", store, c, tmp_path / "avid", on_event=again.append)
     assert repeated.repeated and again[-1].kind == "nothing-to-do"
     assert not differing(before, tensors(run))
+
+
+@pytest.mark.parametrize(
+    ("sets", "written", "told"),
+    # two steps an epoch; then three parts an epoch of which a step takes two: epoch 1 begins within step 2
+    [((), [1, 2, 4, 5, 6], {1: 0, 5: 2}),
+     (("accumulate=2", "batch=6", "drop_last=true", "steps=4"), [1, 2, 3, 4], {1: 0, 4: 2})],
+)
+def test_epochs_are_logged_whatever_the_interval(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sets: tuple[str, ...], written: list[int],
+    told: dict[int, int],
+) -> None:  # fmt: skip
+    """What `start_epoch` tells stands in its step's line, in a run that was stopped too; no line is there twice."""
+    monkeypatch.setattr(Avid, "start_epoch", lambda self, epoch: {} if epoch == 1 else {"number": float(epoch)})
+    c = config("log_every=100", "checkpoint_every=1", "keep_last=9", *sets)
+    run = train("avid", store, c, tmp_path / "whole").run
+
+    def lines(path: Path) -> dict[int, Any]:
+        found = read_metrics(path / "metrics.jsonl")
+        assert len({x["step"] for x in found}) == len(found)
+        return {x["step"]: x for x in found}
+
+    assert list(lines(run.path)) == written
+    assert {step: x["epoch/number"] for step, x in lines(run.path).items() if "epoch/number" in x} == told
+    for step in (5, 4, 3, 2):  # as if it had been killed after an earlier checkpoint
+        shutil.copytree(run.path, tmp_path / f"from-{step}")
+        for later in run.checkpoints():
+            if later.step >= step:
+                shutil.rmtree(tmp_path / f"from-{step}" / "checkpoints" / later.path.name)
+        again = lines(train("avid", store, c, tmp_path / f"from-{step}").run.path)
+        assert {k: x["loss"] for k, x in again.items() if k in written} == {
+            k: x["loss"] for k, x in lines(run.path).items()
+        }
+        assert told.items() <= {k: x["epoch/number"] for k, x in again.items() if "epoch/number" in x}.items()
 
 
 def test_another_configuration_is_refused_by_name(store: Store, tmp_path: Path) -> None:
