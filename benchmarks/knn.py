@@ -7,21 +7,23 @@ tuned on the test part but k, and every k asked for is printed. Searched by FAIS
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import faiss
 import numpy as np
 
 from avstore.errors import UsageError, did_you_mean
-from avstore.index import normalised
-from benchmarks import blocks, probing
-from benchmarks.probing import Classifier, Outcome
+from benchmarks import blocks, probing, unseen
+from benchmarks.kept import Kept
+from benchmarks.probing import Classifier, Outcome, Part
 from benchmarks.table import Table
+from benchmarks.vectors import Networks, shape_of
+from benchmarks.vectors import unit_mean as video_vectors
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from avstore.store import Store
     from trainers.run import Run
 
@@ -50,13 +52,6 @@ def neighbours(k: int, temperature: float = TEMPERATURE) -> Classifier:
     return classify
 
 
-def video_vectors(x: np.ndarray) -> np.ndarray:
-    """(n, K, D) clips -> float32 (n, D): mean of unit clips, unit length."""
-    n, k, d = x.shape
-    unit = normalised(x.reshape(n * k, d).astype(np.float32)).reshape(n, k, d)
-    return np.ascontiguousarray(normalised(unit.mean(1)), np.float32)
-
-
 def bench(
     store: Store,
     runs: Sequence[Run],
@@ -67,45 +62,59 @@ def bench(
     seeds: int = 1,
     checkpoint: str | int = "latest",
     controls: bool = True,
+    work: Path | None = None,
     device: str = "auto",
     progress: Progress = lambda stage, done, total: None,
     **choice: Any,
 ) -> Table:
-    """The table of `bench knn`: a row for each method and k, beside random networks, raw features, commonest class."""
+    """The table of `bench knn`: a row for each method and k, beside random networks, raw features, commonest class.
+    work: a folder in which features are kept: what is there is not computed again."""
     if modality not in ("a", "v"):
         raise UsageError(f"no modality {modality!r}", did_you_mean(modality, ("a", "v")))
     if not ks or clips < 1 or seeds < 0:
         raise UsageError(f"k {list(ks)}, {clips} clips, {seeds} seeds", "at least one k, one clip")
-    probed = probing.choose(store, modality=modality, **choice)
-    make = blocks.sound_blocks if modality == "a" else blocks.picture_blocks
+    classifiers = {k: neighbours(k) for k in ks}
+    names = probing.names(runs)
+    probed, asked, notes = unseen.plan(store, runs, names, probing.choose(store, modality=modality, **choice))
     found: dict[tuple[str, int], list[list[Outcome]]] = {}
+    kept = Kept(work)
 
-    def vote(name: str, x: np.ndarray) -> None:
-        for k in ks:
-            found.setdefault((name, k), []).append(probing.probe(x, probed, neighbours(k)))
+    def vote(name: str, x: np.ndarray, parts: tuple[Part, ...]) -> None:
+        mine = dataclasses.replace(probed, parts=parts)
+        for k, classifier in classifiers.items():
+            found.setdefault((name, k), []).append(probing.probe(x, mine, classifier))
 
-    def add(name: str, method: nn.Module, run: Run) -> None:
+    def add(name: str, run: Run, which: str | int, parts: tuple[Part, ...], seed: int = 0) -> None:
+        networks = Networks(run, store, probed.numbers, which, seed=seed, device=device, kept=kept)
+        blocks.trunk(networks.method, modality)  # its own words where there is none
+
         def say(done: int, total: int) -> None:
             progress(name, done, total)
 
-        x = make(method, run, store, probed.numbers, clips=clips, grids={"conv5x": 1}, how="avg", device=device,
-                 progress=say)  # fmt: skip
-        vote(name, x["conv5x"])
+        x = networks.block("conv5x", clips, say, modality)
+        vote(name, x.vectors[modality][:, None], parts)
 
-    for run in runs:
-        add(run.config.name, blocks.with_weights(run, checkpoint), run)
-    for seed in range(seeds):
-        add("random weights", blocks.with_weights(runs[0], "random", seed), runs[0])
+    for run, name, parts in zip(runs, names, asked, strict=True):
+        add(name, run, checkpoint, parts)
+    shapes: dict[str, Run] = {}
+    for run in runs if seeds else ():
+        shapes.setdefault(shape_of(run), run)
+    for run in shapes.values():
+        for seed in range(seeds):
+            add("random weights", run, "random", probed.parts, seed)
     if controls:
         name = "raw spectrogram" if modality == "a" else "raw pixels and their change"
         raw = (blocks.raw_sound if modality == "a" else blocks.raw_pictures)(store, probed.numbers, clips=clips)
-        vote(name, raw - raw.mean((0, 1)))
-    rows = [probing.row(name, f"k = {k}", outcomes) for (name, k), outcomes in found.items()]
+        vote(name, raw - raw.mean((0, 1)), probed.parts)
+    rows = [probing.row(name, f"k = {k}", unseen.whole(o, probed)) for (name, k), o in found.items()]
     rows.append(probing.row("commonest class", "", [probing.chance(probed)]))
     return probing.table(
         f"nearest neighbours of {'sound' if modality == 'a' else 'pictures'}, {store.path}",
         rows,
         probed,
-        (f"conv5x pooled by mean, {clips} clips of a video; weights exp(cosine / {TEMPERATURE:g})",),
-        [run.config.name for run in runs],
+        (
+            f"conv5x pooled by mean, {clips} clips of a video; weights exp(cosine / {TEMPERATURE:g})",
+            *notes,
+        ),
+        list(dict.fromkeys(names)),
     )

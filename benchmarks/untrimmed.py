@@ -5,6 +5,9 @@ video's moments; one classifier, the same for every selector, scores them and th
 top-1 and macro mAP against k for the learned preview (`trainers.preview`, trained on the training part), random
 moments, evenly spaced ones, the first ones, and all of them.
 
+Several runs, or checkpoints of one, stand in one table; paired tests over parts and seeds compare the learned preview
+with every other selector of its run, and with the preview of every other run.
+
 Declared, since the protocol is ours (clips-and-protocols.md 3): the classifier is a logistic regression on single
 moments of the training videos, standardised, so that no selector is favoured by how it was trained; cost is counted in
 moments, the preview's own cheap features not included; random is the mean of several draws.
@@ -12,8 +15,10 @@ moments, the preview's own cheap features not included; random is the mean of se
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,14 +29,17 @@ from sklearn.preprocessing import StandardScaler
 
 from avstore import draws
 from avstore.errors import NotFoundError, UsageError
-from benchmarks import probing
+from benchmarks import paired, probing
 from benchmarks.table import Table
 
 if TYPE_CHECKING:
     from avstore.store import Store
+    from trainers.run import Run
 
 BUDGETS = (1, 2, 3, 5, 10)
-COLUMNS = ("selector", "moments", "top-1", "mAP", "sd of top-1", "of parts", "cost")
+COLUMNS = ("run", "selector", "moments", "top-1", "mAP", "sd of top-1", "of", "cost")
+LEARNED = "learned preview"
+TOWERS = ("video-trunk", "audio-trunk", "video", "audio")
 Selector = Callable[[np.ndarray, int], np.ndarray]
 Progress = Callable[[str, int, int], None]
 
@@ -77,7 +85,7 @@ def evaluate(
         truth = labels[part.test]
         for k in budgets:
             chosen: dict[str, list[list[np.ndarray]]] = {
-                "learned preview": [[learned(features[i], k) for i in part.test]],
+                LEARNED: [[learned(features[i], k) for i in part.test]],
                 "uniform": [[uniform(len(s), k) for s in scored]],
                 "first": [[first(len(s), k) for s in scored]],
                 "random": [[drawn(len(s), k, int(i), d, seed) for s, i in zip(scored, part.test, strict=True)]
@@ -127,63 +135,191 @@ def _row(name: str, k: int, values: Sequence[tuple[float, float, float]]) -> dic
         "top-1": float(np.mean(top)),
         "mAP": float(np.mean([v[1] for v in values])),
         "sd of top-1": float(np.std(top, ddof=1)) if len(top) > 1 else None,
-        "of parts": len(top),
+        "of": len(top),
         "cost": float(np.mean([v[2] for v in values])),
+        "values": top,
     }
+
+
+def together(tables: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Rows of several seeds as rows over parts and seeds."""
+    out = []
+    for rows in zip(*tables, strict=True):
+        top = [v for r in rows for v in r["values"]]
+        mean = {c: float(np.mean([r[c] for r in rows])) for c in ("top-1", "mAP", "cost")}
+        sd = float(np.std(top, ddof=1)) if len(top) > 1 else None
+        out.append({**rows[0], **mean, "sd of top-1": sd, "of": len(top), "values": top})
+    return out
+
+
+def differences(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Paired tests of top-1 over parts and seeds: each run's preview with its other selectors at each cost, and with
+    the other runs' previews."""
+    out = []
+    runs = list(dict.fromkeys(r.get("run") for r in rows))
+    for k in dict.fromkeys(r["moments"] for r in rows if r["selector"] == LEARNED):
+        at = {(r.get("run"), r["selector"]): r["values"] for r in rows if r["moments"] == k}
+        for run in runs:
+            others = [s for (of, s) in at if of == run and s != LEARNED]
+            values = {LEARNED: at[run, LEARNED], **{s: at[run, s] for s in others}}
+            told = f"{run}, {k} moments" if len(runs) > 1 else f"{k} moments"
+            out += [f"{told}: {line}" for s in others
+                    for line in paired.lines({n: values[n] for n in (LEARNED, s)}, "parts and seeds")]  # fmt: skip
+        if len(runs) > 1:
+            previews = {str(run): at[run, LEARNED] for run in runs}
+            out += [f"{k} moments, {LEARNED}: {line}" for line in paired.lines(previews, "parts and seeds")]
+    return out
 
 
 def bench(
     store: Store,
-    run: str,
+    run: str | Sequence[str],
     *,
     budgets: Sequence[int] = BUDGETS,
     random_draws: int = 10,
     epochs: int | None = None,
     seed: int = 0,
+    seeds: int = 1,
+    checkpoints: Sequence[str | int] = (),
+    run_paths: dict[str, Path] | None = None,
+    device: str = "auto",
     progress: Progress = lambda stage, done, total: None,
     **choice: Any,
 ) -> Table:
-    """The table of `bench untrimmed` for the embeddings of `run` in the store (avstore embed); parts as the probes'.
+    """The table of `bench untrimmed` for the embeddings of one or several runs in the store (avstore embed), or, with
+    `checkpoints`, for what their networks give now; parts as the probes'. seeds: previews of each part, from `seed` on.
 
     NotFoundError where a video has no moment; UsageError as `probing.choose`.
     """
-    from avstore.index import embedded_runs
+    names = [run] if isinstance(run, str) else list(dict.fromkeys(run))
+    if not names or seeds < 1:
+        raise UsageError(f"{len(names)} runs, {seeds} seeds", "at least one of each")
+    rows: list[dict[str, Any]] = []
+    compared: list[dict[str, Any]] = []
+    told = ""
+    for name in names:
+        for which in checkpoints or (None,):
+            if which is None:
+                from avstore.index import embedded_runs
+
+                towers = _towers(embedded_runs(store).get(name, ()))
+                if not towers:
+                    raise NotFoundError(f"run {name} has no embeddings in {store.path}", "",
+                                        f"avstore embed {name} {store.path}")  # fmt: skip
+                probed = probing.choose(store, modality=_modality(towers), **choice)
+                features, sizes = _stored(store, name, probed.numbers, towers)
+                more: dict[str, Any] = {"run": name}
+            else:
+                from benchmarks.curve import place_of
+                from trainers.run import Run
+
+                opened = Run((run_paths or {}).get(name, Path("runs") / name))
+                probed, features, sizes = _computed(store, opened, which, device, choice)
+                step, epoch = place_of(opened, which)
+                more = {"run": f"{name} step {step}", "step": step, "epoch": epoch, "of run": name}
+            of_seeds = []
+            for s in range(seed, seed + seeds):
+                config = _preview_config(s, epochs)
+                of_seeds.append(_evaluated(features, probed, sizes, config, budgets, random_draws, s, progress))
+            mine = [{**r, **more} for r in together(of_seeds)]
+            rows += mine
+            compared += mine if which is None or which == checkpoints[-1] else []
+            lengths = [len(f) for f in features]
+            told = (f"{len(features)} videos of {min(lengths)} to {max(lengths)} moments of a second, "
+                    f"{len(probed.classes)} classes; {probed.description}; one classifier for all selectors; cost: "
+                    "moments looked at per video; sd: over parts and seeds")  # fmt: skip
+    return Table(
+        f"moments of untrimmed videos, {', '.join(names)} in {store.path}",
+        COLUMNS if len(names) > 1 or checkpoints else COLUMNS[1:],
+        rows,
+        (told, "where videos are no longer than the budget every selector sees them whole", *differences(compared)),
+    )
+
+
+def _preview_config(seed: int, epochs: int | None) -> Any:
     from trainers import preview
 
-    towers = [t for t in ("video-trunk", "audio-trunk", "video", "audio") if t in embedded_runs(store).get(run, ())]
-    trunks = [t for t in towers if t.endswith("-trunk")] or towers[:2]
-    if not trunks:
-        raise NotFoundError(f"run {run} has no embeddings in {store.path}", "", f"avstore embed {run} {store.path}")
-    modality = "".join(m for m, t in (("v", "video"), ("a", "audio")) if any(x.startswith(t) for x in trunks))
-    probed = probing.choose(store, modality=modality, **choice)
-    found = preview.moments(store, run, probed.numbers, trunks)
-    empty = [int(n) for n in probed.numbers if int(n) not in found or not len(found[int(n)].features)]
+    return preview.PreviewConfig(seed=seed) if epochs is None else preview.PreviewConfig(seed=seed, epochs=epochs)
+
+
+def _evaluated(
+    features: Sequence[np.ndarray],
+    probed: probing.Probed,
+    sizes: tuple[int, ...],
+    config: Any,
+    budgets: Sequence[int],
+    random_draws: int,
+    seed: int,
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    from trainers import preview
+
+    def select(train: Sequence[np.ndarray], labels: np.ndarray) -> Selector:
+        return preview.fit(train, labels, len(probed.classes), sizes, config=config).choose
+
+    parts = [dataclasses.replace(p, train=p.learned_on()[0], val=None) for p in probed.parts]
+    return evaluate(features, probed.labels, parts, select, classes=len(probed.classes), budgets=budgets,
+                    random_draws=random_draws, seed=seed, progress=progress)  # fmt: skip
+
+
+def _towers(there: Sequence[str]) -> list[str]:
+    """Trunks where there are some, else heads."""
+    towers = [t for t in TOWERS if t in there]
+    return [t for t in towers if t.endswith("-trunk")] or towers[:2]
+
+
+def _modality(towers: Sequence[str]) -> str:
+    return "".join(m for m, t in (("v", "video"), ("a", "audio")) if any(x.startswith(t) for x in towers))
+
+
+def _stored(
+    store: Store, run: str, numbers: np.ndarray, towers: Sequence[str]
+) -> tuple[list[np.ndarray], tuple[int, ...]]:
+    """(moments of each video, width of each tower), from the embeddings in the store."""
+    from trainers import preview
+
+    found = preview.moments(store, run, numbers, towers)
+    empty = [int(n) for n in numbers if int(n) not in found or not len(found[int(n)].features)]
     if empty:
         raise NotFoundError(
             f"{len(empty)} videos have no moment in the embeddings of {run}, e.g. {store.key(empty[0])}",
             "they came after the last embed, or lack a modality",
             f"avstore embed {run} {store.path}",
         )
-    features = [found[int(n)].features for n in probed.numbers]
-    sizes = _widths(store, run, trunks)
-    config = preview.PreviewConfig(seed=seed) if epochs is None else preview.PreviewConfig(seed=seed, epochs=epochs)
+    return [found[int(n)].features for n in numbers], _widths(store, run, towers)
 
-    def select(train: Sequence[np.ndarray], labels: np.ndarray) -> Selector:
-        return preview.fit(train, labels, len(probed.classes), sizes, config=config).choose
 
-    rows = evaluate(features, probed.labels, probed.parts, select, classes=len(probed.classes), budgets=budgets,
-                    random_draws=random_draws, seed=seed, progress=progress)  # fmt: skip
-    lengths = [len(f) for f in features]
-    return Table(
-        f"moments of untrimmed videos, {run} in {store.path}",
-        COLUMNS,
-        rows,
-        (
-            f"{len(features)} videos of {min(lengths)} to {max(lengths)} moments of a second, {len(probed.classes)} "
-            f"classes; {probed.description}; one classifier for all selectors; cost: moments looked at per video",
-            "where videos are no longer than the budget every selector sees them whole",
-        ),
-    )
+def _computed(
+    store: Store, run: Run, which: str | int, device: str, choice: dict[str, Any]
+) -> tuple[probing.Probed, list[np.ndarray], tuple[int, ...]]:
+    """(who is probed, moments of each video, width of each tower), of a checkpoint's networks; nothing is written."""
+    from trainers.embed import Embedder, embed_videos
+
+    method = run.load(which)
+    sizes = Embedder(method, run, store.spec.sample_rate, device).sizes()
+    towers = _towers(list(sizes))
+    if not towers:
+        raise NotFoundError(f"{run.path} has no towers of pictures or sound", f"it has {', '.join(sizes)}")
+    probed = probing.choose(store, modality=_modality(towers), **choice)
+    found = embed_videos(method, run, store, probed.numbers, device=device)
+    return probed, joined([found[t] for t in towers], probed.numbers), tuple(sizes[t] for t in towers)
+
+
+def joined(towers: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], numbers: np.ndarray) -> list[np.ndarray]:
+    """Moments (n_i, D) of each video, D = the towers' widths together: every second of the first tower, with that of
+    the others beside it, zeros where they have none. towers: (vectors, video numbers, seconds) of each."""
+    places = [{(int(n), int(s)): i for i, (n, s) in enumerate(zip(video, second, strict=True))}
+              for _, video, second in towers]  # fmt: skip
+    seconds_of: dict[int, list[int]] = {}
+    for n, s in sorted(places[0]):
+        seconds_of.setdefault(n, []).append(s)
+    out = []
+    for n in numbers.tolist():
+        seconds = seconds_of[n]
+        parts = [np.stack([x[at[n, s]] if (n, s) in at else np.zeros(x.shape[1], x.dtype) for s in seconds])
+                 for (x, _, _), at in zip(towers, places, strict=True)]  # fmt: skip
+        out.append(np.concatenate(parts, 1).astype(np.float32))
+    return out
 
 
 def _widths(store: Store, run: str, towers: Sequence[str]) -> tuple[int, ...]:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cli import console
 from cli.choose import open_store, selection
 from cli.store import Json, StoreArgument
+
+if TYPE_CHECKING:
+    from trainers.run import Run
 
 
 def retrieval(
@@ -98,13 +102,13 @@ def retrieval(
             raise UsageError(
                 "no run is named", "checkpoints are of a run's networks", "--run runs/avid-cma; repeatable"
             )
-        found = {r.name: r for r in map(find_run, run)}
+        found = by_name([find_run(r) for r in run])
         names, folders = list(found), {name: r.path for name, r in found.items()}
         which = common_steps(list(found.values())) if all_checkpoints else [number(str(checkpoint))]
     elif block and not {"heads", "trunks"} & set(block) and run:  # nothing is read from the store's embeddings
         from trainers.run import find_run
 
-        found = {r.name: r for r in map(find_run, run)}
+        found = by_name([find_run(r) for r in run])
         names, folders = list(found), {name: r.path for name, r in found.items()}
     else:
         names = [choose_run(opened, r) for r in run] if run else [choose_run(opened, None)]
@@ -163,6 +167,12 @@ def retrieval(
         console.data(table.to_markdown().rstrip())
     else:
         console.table(table)
+
+
+def by_name(runs: Sequence[Run]) -> dict[str, Run]:
+    """Runs by the names of their folders, by their paths where folders of one name are asked for."""
+    names = [r.name for r in runs]
+    return {r.name if names.count(r.name) == 1 else str(r.path): r for r in runs}
 
 
 def number(checkpoint: str) -> str | int:

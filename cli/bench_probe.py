@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from cli import console
 from cli.choose import open_store, selection
 from cli.store import Json, StoreArgument
-
-if TYPE_CHECKING:
-    from benchmarks.table import Table
 
 Runs = Annotated[list[str] | None, typer.Option("--run", help="A run whose networks are probed, repeatable.")]
 Label = Annotated[str, typer.Option(help="The column of classes.")]
@@ -24,7 +21,21 @@ FoldSeed = Annotated[int, typer.Option(help="Of --folds.")]
 Clips = Annotated[int, typer.Option(help="Clips of each video, evenly spaced; their scores are averaged.")]
 Seeds = Annotated[int, typer.Option(help="Networks with random weights to compare with; 0: none.")]
 Checkpoint = Annotated[str, typer.Option(help="latest, or a step.")]
-AllCheckpoints = Annotated[bool, typer.Option("--all-checkpoints", help="One table for each kept checkpoint.")]
+AllCheckpoints = Annotated[
+    bool, typer.Option("--all-checkpoints", help="A row for each kept checkpoint, and a drawing of the value.")
+]
+CurveFile = Annotated[
+    Path | None, typer.Option("--curve", metavar="FILE", help="Where --all-checkpoints draws, an SVG.")
+]
+SplitColumns = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--split", metavar="COLUMN", help="An official split, repeatable. Default: split1, ... averaged, else split."
+    ),
+]
+Work = Annotated[
+    Path | None, typer.Option(help="A folder in which what is computed is kept: repeating goes on from there.")
+]
 Where = Annotated[list[str] | None, typer.Option(help="column=value[,value]; repeatable.")]
 ListFile = Annotated[Path | None, typer.Option("--list", metavar="FILE", help="Keys, one a line.")]
 Subset = Annotated[int | None, typer.Option(help="A seeded draw of so many videos.")]
@@ -41,6 +52,7 @@ def svm(
     fold_column: FoldColumn = None,
     folds: Folds = None,
     fold_seed: FoldSeed = 0,
+    split: SplitColumns = None,
     clips: Clips = 10,
     block: Annotated[list[str] | None, typer.Option(help="conv2x ... conv5x, repeatable. Default: all.")] = None,
     c: Annotated[float | None, typer.Option("--c", help="The strength. Default: chosen within training.")] = None,
@@ -50,6 +62,8 @@ def svm(
     seeds: Seeds = 1,
     checkpoint: Checkpoint = "latest",
     all_checkpoints: AllCheckpoints = False,
+    curve: CurveFile = None,
+    work: Work = None,
     where: Where = None,
     list_: ListFile = None,
     subset: Subset = None,
@@ -62,10 +76,10 @@ def svm(
     """One-vs-rest linear SVMs on sound, official folds (ESC-50, ESC-10, DCASE)."""
     from benchmarks import svm as bench
 
-    _run(bench.bench, store, run, checkpoint, all_checkpoints, markdown, json, only=block or (), fixed=c,
-         with_oracle=oracle, augment=augment, published=published, clips=clips, seeds=seeds, controls=not no_raw,
-         device=device, label=label, fold_column=fold_column, fold_count=folds, fold_seed=fold_seed,
-         **selection(where, list_, subset, seed))  # fmt: skip
+    _run(bench.bench, store, run, checkpoint, all_checkpoints, curve, markdown, json, only=block or (), fixed=c,
+         with_oracle=oracle, augment=augment, published=published, work=work, clips=clips, seeds=seeds,
+         controls=not no_raw, device=device, label=label, fold_column=fold_column, fold_count=folds,
+         fold_seed=fold_seed, split_columns=split or (), **selection(where, list_, subset, seed))  # fmt: skip
 
 
 def linear(
@@ -76,6 +90,7 @@ def linear(
     fold_column: FoldColumn = None,
     folds: Folds = None,
     fold_seed: FoldSeed = 0,
+    split: SplitColumns = None,
     clips: Clips = 10,
     block: Annotated[list[str] | None, typer.Option(help="conv2x ... conv5x, repeatable. Default: all.")] = None,
     shots: Annotated[int | None, typer.Option(help="Training videos of each class. Default: all.")] = None,
@@ -86,6 +101,8 @@ def linear(
     seeds: Seeds = 1,
     checkpoint: Checkpoint = "latest",
     all_checkpoints: AllCheckpoints = False,
+    curve: CurveFile = None,
+    work: Work = None,
     where: Where = None,
     list_: ListFile = None,
     subset: Subset = None,
@@ -98,10 +115,11 @@ def linear(
     """Linear probes of each block (a or v), or of sight and sound together (av)."""
     from benchmarks import linear as bench
 
-    _run(bench.bench, store, run, checkpoint, all_checkpoints, markdown, json, modality=modality, only=block or (),
-         shots=shots, epochs=epochs, rate=rate, train_mode=train_mode, published=published, clips=clips, seeds=seeds,
-         controls=not no_raw, device=device, label=label, fold_column=fold_column, fold_count=folds,
-         fold_seed=fold_seed, **selection(where, list_, subset, seed))  # fmt: skip
+    _run(bench.bench, store, run, checkpoint, all_checkpoints, curve, markdown, json, modality=modality,
+         only=block or (), shots=shots, epochs=epochs, rate=rate, train_mode=train_mode, published=published,
+         clips=clips, work=work, seeds=seeds, controls=not no_raw, device=device, label=label,
+         fold_column=fold_column, fold_count=folds, fold_seed=fold_seed, split_columns=split or (),
+         **selection(where, list_, subset, seed))  # fmt: skip
 
 
 def knn(
@@ -113,10 +131,13 @@ def knn(
     fold_column: FoldColumn = None,
     folds: Folds = None,
     fold_seed: FoldSeed = 0,
+    split: SplitColumns = None,
     clips: Clips = 10,
     seeds: Seeds = 1,
     checkpoint: Checkpoint = "latest",
     all_checkpoints: AllCheckpoints = False,
+    curve: CurveFile = None,
+    work: Work = None,
     where: Where = None,
     list_: ListFile = None,
     subset: Subset = None,
@@ -129,10 +150,10 @@ def knn(
     """The vote of the nearest training videos, nothing trained."""
     from benchmarks import knn as bench
 
-    _run(bench.bench, store, run, checkpoint, all_checkpoints, markdown, json, modality=modality,
-         ks=tuple(k) if k else bench.KS, clips=clips, seeds=seeds, controls=not no_raw, device=device, label=label,
-         fold_column=fold_column, fold_count=folds, fold_seed=fold_seed,
-         **selection(where, list_, subset, seed))  # fmt: skip
+    _run(bench.bench, store, run, checkpoint, all_checkpoints, curve, markdown, json, modality=modality,
+         ks=tuple(k) if k else bench.KS, clips=clips, work=work, seeds=seeds, controls=not no_raw, device=device,
+         label=label, fold_column=fold_column, fold_count=folds, fold_seed=fold_seed,
+         split_columns=split or (), **selection(where, list_, subset, seed))  # fmt: skip
 
 
 def _run(
@@ -141,43 +162,41 @@ def _run(
     names: list[str] | None,
     checkpoint: str,
     every: bool,
+    curve: Path | None,
     markdown: bool,
     json: bool,
     **options: Any,
 ) -> None:
-    """Opens, measures each checkpoint that is asked for, prints."""
+    """Opens, measures each checkpoint that is asked for, draws, prints."""
     from avstore.errors import UsageError
+    from benchmarks.curve import over_checkpoints
     from trainers.run import find_run
 
+    if curve is not None and not every:
+        raise UsageError("--curve without --all-checkpoints", "a curve is drawn over checkpoints", "--all-checkpoints")
     opened = open_store(store)
     if not names:
         raise UsageError("no run is named", "a probe is of a run's networks", "--run runs/avid-cma; repeatable")
     runs = [find_run(name) for name in names]
-    which: list[str | int] = [int(checkpoint) if checkpoint.isdigit() else checkpoint]
-    if every:
-        steps: list[set[str | int]] = [{c.step for c in r.checkpoints()} for r in runs]
-        which = sorted(set.intersection(*steps))
-        if not which:
-            raise UsageError("the runs have no checkpoint in common", "", "one --run, or train with keep_every")
-    tables: list[Table] = []
     with console.Progress("probe", "steps") as progress:
 
         def show(stage: str, done: int, total: int) -> None:
             progress.stage_is(stage)
             progress.update(done, total)
 
-        for i, one in enumerate(which):
-            last = {} if i == 0 else {"seeds": 0, "controls": False}  # controls do not change with the checkpoint
-            table = bench(opened, runs, checkpoint=one, progress=show, **(options | last))
-            for row in table.rows:
-                if every and row["features"] in {r.config.name for r in runs}:
-                    row["features"] += f" step {one}"
-            tables.append(table)
+        if every:
+            table = over_checkpoints(bench, opened, runs, progress=show, **options)
+        else:
+            which = int(checkpoint) if checkpoint.isdigit() else checkpoint
+            table = bench(opened, runs, checkpoint=which, progress=show, **options)
     if every:
-        tables[0].rows[:] = [r for t in tables for r in t.rows if t is tables[0] or "step" in str(r["features"])]
+        from benchmarks.curve import draw
+
+        file = draw(table, "top-1", curve or Path(f"{bench.__module__.rsplit('.', 1)[-1]}-checkpoints.svg"))
+        console.say(f"wrote {file} ({console.size(file.stat().st_size)})")
     if json:
-        console.as_json(tables[0].to_json())
+        console.as_json(table.to_json())
     elif markdown:
-        console.data(tables[0].to_markdown().rstrip())
+        console.data(table.to_markdown().rstrip())
     else:
-        console.table(tables[0])
+        console.table(table)

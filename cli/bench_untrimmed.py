@@ -8,19 +8,29 @@ from typing import Annotated
 import typer
 
 from cli import console
+from cli.bench import by_name
+from cli.bench_probe import AllCheckpoints, CurveFile, Device, FoldColumn, SplitColumns
 from cli.choose import open_store, selection
 from cli.store import Json, StoreArgument
 
 
 def untrimmed(
     store: StoreArgument = None,
-    run: Annotated[str | None, typer.Option(help="A run with embeddings in the store. Default: the only one.")] = None,
+    run: Annotated[
+        list[str] | None, typer.Option(help="A run with embeddings in the store, repeatable. Default: the only one.")
+    ] = None,
     budget: Annotated[list[int] | None, typer.Option(help="Moments looked at, repeatable. Default: 1 to 10.")] = None,
     label: Annotated[str, typer.Option(help="The column of classes.")] = "label",
+    fold_column: FoldColumn = None,
+    split: SplitColumns = None,
     folds: Annotated[int | None, typer.Option(help="Stratified folds instead of a column or the split.")] = None,
     fold_seed: Annotated[int, typer.Option(help="Of --folds.")] = 0,
     random_draws: Annotated[int, typer.Option(help="Of the random selector.")] = 10,
     epochs: Annotated[int | None, typer.Option(help="Of the preview. Default: the authors' 25.")] = None,
+    seeds: Annotated[int, typer.Option(help="Previews of each part, from --seed on.")] = 1,
+    all_checkpoints: AllCheckpoints = False,
+    curve: CurveFile = None,
+    device: Device = "auto",
     where: Annotated[list[str] | None, typer.Option(help="column=value[,value]; repeatable.")] = None,
     list_: Annotated[Path | None, typer.Option("--list", metavar="FILE", help="Keys, one a line.")] = None,
     seed: Annotated[int, typer.Option(help="Of the preview and the random selector.")] = 0,
@@ -28,10 +38,26 @@ def untrimmed(
     json: Json = False,
 ) -> None:
     """Accuracy against moments looked at: the learned preview, random, uniform, the first, all."""
+    from avstore.errors import UsageError
     from avstore.index import choose_run
     from benchmarks import untrimmed as bench
 
+    if curve is not None and not all_checkpoints:
+        raise UsageError("--curve without --all-checkpoints", "a curve is drawn over checkpoints", "--all-checkpoints")
     opened = open_store(store)
+    which: list[str | int] = []
+    folders: dict[str, Path] = {}
+    if all_checkpoints:
+        from benchmarks.curve import common_steps
+        from trainers.run import find_run
+
+        if not run:
+            raise UsageError("no run is named", "checkpoints are of a run's networks", "--run runs/avid; repeatable")
+        found = by_name([find_run(r) for r in run])
+        names, folders = list(found), {name: r.path for name, r in found.items()}
+        which = common_steps(list(found.values()))
+    else:
+        names = [choose_run(opened, r) for r in run] if run else [choose_run(opened, None)]
     with console.Progress("untrimmed", "parts") as progress:
 
         def show(stage: str, done: int, total: int) -> None:
@@ -40,17 +66,28 @@ def untrimmed(
 
         table = bench.bench(
             opened,
-            choose_run(opened, run),
+            names,
             budgets=tuple(budget) if budget else bench.BUDGETS,
             random_draws=random_draws,
             epochs=epochs,
             seed=seed,
+            seeds=seeds,
+            checkpoints=which,
+            run_paths=folders,
+            device=device,
             label=label,
+            fold_column=fold_column,
+            split_columns=split or (),
             fold_count=folds,
             fold_seed=fold_seed,
             progress=show,
             **selection(where, list_, None, 0),
         )
+    if all_checkpoints:
+        from benchmarks.curve import draw
+
+        file = draw(table, "top-1", curve or Path("untrimmed-checkpoints.svg"))
+        console.say(f"wrote {file} ({console.size(file.stat().st_size)})")
     if json:
         console.as_json(table.to_json())
     elif markdown:

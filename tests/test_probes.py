@@ -141,7 +141,7 @@ def test_train_mode_leaves_no_trace(trained):
     assert (blocks.picture_blocks(method, run, store, numbers, clips=1)["conv5x"] == plain).all()
 
 
-def test_the_benches_print_their_controls(trained, capsys, monkeypatch):
+def test_the_benches_print_their_controls(trained, capsys, monkeypatch, tmp_path):
     store, run = trained
     common = ["--run", str(run.path), "--folds", "2", "--clips", "2", "--json", str(store.path)]
     assert invoke(["bench", "svm", "--block", "conv5x", "--published", "ESC-50", *common]) == 0
@@ -156,9 +156,14 @@ def test_the_benches_print_their_controls(trained, capsys, monkeypatch):
         (f, b) for f in ("avid", "random weights") for b in ("a", "v", "a + v")
     ]
     assert {"raw spectrogram", "raw pixels and their change", "commonest class"} <= {r["features"] for r in rows}
-    assert invoke(["bench", "knn", "--k", "1", "--no-raw", *common]) == 0
-    rows = json.loads(capsys.readouterr().out)["rows"]
-    assert [r["features"] for r in rows] == ["avid", "random weights", "commonest class"]
+    work = ["--work", str(tmp_path / "work")]
+    assert invoke(["bench", "knn", "--k", "1", "--no-raw", *work, *common]) == 0
+    table = json.loads(capsys.readouterr().out)
+    assert [r["features"] for r in table["rows"]] == ["avid", "random weights", "commonest class"]
+    assert any("saw 10 of 12 tested videos in pre-training" in n for n in table["notes"])
+    monkeypatch.setattr("benchmarks.blocks.picture_blocks", None)  # what is kept is not computed again
+    assert invoke(["bench", "knn", "--k", "1", "--no-raw", *work, *common]) == 0
+    assert json.loads(capsys.readouterr().out) == table
 
 
 def test_what_cannot_be_probed_is_told(trained, capsys):
@@ -171,6 +176,29 @@ def test_what_cannot_be_probed_is_told(trained, capsys):
         (["bench", "linear", "--run", str(run.path), "--modality", "x", "--folds", "2", path], "no modality"),
         (["bench", "knn", "--run", str(run.path), "--fold-column", "folds", path], "no column"),
         (["bench", "knn", "--run", str(run.path), "--fold-column", "split", path], "divides training from testing"),
+        (["bench", "knn", "--run", str(run.path), "--split", "split2", path], "no column"),
+        (["bench", "linear", "--run", str(run.path), "--split", "split", "--folds", "2", path], "--folds with --split"),
+        (["bench", "knn", "--run", str(run.path), "--curve", "x.svg", path], "--all-checkpoints"),
+        (["bench", "knn", "--run", str(run.path), "--where", "label=a", path], "one class only"),
+        (["bench", "knn", "--run", str(run.path), "--where", "split=train", path], "no train and test split"),
     ):
         assert invoke(arguments) in (2, 4, 5), arguments
         assert word in capsys.readouterr().err, arguments
+
+
+def test_runs_that_differ_in_more_than_their_seed_are_rows_of_their_own(trained, tmp_path):
+    store, run = trained
+    again = train("avid", store, config("steps=2", "seed=5"), tmp_path / "again").run
+    other = train("avid", store, config("steps=2", "learning_rate=0.1"), tmp_path / "other").run
+    assert probing.names([run, again]) == ["avid", "avid"]
+    assert probing.names([run, again, other]) == ["mine", "again", "other"]
+    table = knn.bench(store, [run, other], ks=(1,), clips=1, seeds=0, controls=False, fold_count=2, modality="a")
+    assert [r["features"] for r in table.rows] == ["mine", "other", "commonest class"]
+    assert any(n.startswith("k = 1, mine - other: ") and "over 2 parts" in n for n in table.notes)
+
+
+def test_seeds_pair_where_there_is_one_part():
+    rows = [{"features": n, "block": "b", "values": [np.mean(e)], "each": [[v] for v in e]}
+            for n, e in (("x", (0.5, 0.7)), ("y", (0.4, 0.3)), ("z", (0.2,)))]  # fmt: skip
+    (line,) = probing.differences(rows, ["x", "y", "z"])  # z has one run: one pair says nothing
+    assert line.startswith("b, x - y: +0.250") and "over 2 parts and runs" in line

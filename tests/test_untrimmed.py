@@ -70,3 +70,33 @@ def test_on_the_command_line(tmp_path, capsys):
     assert invoke(asked) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert {r["selector"] for r in rows} == {"learned preview", "random", "uniform", "first", "all"}
+    other = train("avid", store, config("steps=2", "learning_rate=0.1"), tmp_path / "runs" / "other").run
+    embed.embed(other, store)
+    assert invoke([*asked, "--run", "mine", "--run", "other", "--seeds", "2"]) == 0
+    table = json.loads(capsys.readouterr().out)
+    assert {(r["run"], r["of"]) for r in table["rows"]} == {("mine", 4), ("other", 4)}
+    assert any(n.startswith("1 moments, learned preview: mine - other") and "over 4 parts" in n for n in table["notes"])
+    assert any(n.startswith("mine, 1 moments: learned preview - uniform") for n in table["notes"])
+    one = [a for a in asked if a not in ("--folds", "2")]
+    for words, told in ((["--split", "split9", "--run", "mine"], "no column"), (["--run", "nobody"], "no embeddings"),
+                        (["--budget", "0", "--run", "mine"], "budgets"), (["--all-checkpoints"], "no run is named"),
+                        (["--seeds", "0", "--run", "mine"], "0 seeds"), ([], "embeddings of 2 runs")):  # fmt: skip
+        assert invoke([*one, *words]) in (2, 4), words
+        assert told in capsys.readouterr().err
+
+
+def test_what_networks_give_now_is_what_is_stored(tmp_path):
+    """Moments joined over towers: zeros where sound is missing; the same from a checkpoint as from the store."""
+    x = (np.array([[1.0], [2.0], [3.0]]), np.array([5, 5, 4]), np.array([1, 0, 0]))
+    y = (np.array([[7.0]]), np.array([5]), np.array([1]))
+    four, five = untrimmed.joined([x, y], np.array([4, 5]))
+    assert four.tolist() == [[3, 0]] and five.tolist() == [[2, 0], [1, 7]]
+    store = store_in(tmp_path, codec="jpeg")
+    run = train("avid", store, config("steps=2"), tmp_path / "runs" / "mine").run
+    embed.embed(run, store)
+    towers = ["video-trunk", "audio-trunk"]
+    stored, sizes = untrimmed._stored(store, "mine", store.numbers, towers)
+    probed, now, widths = untrimmed._computed(store, run, "latest", "cpu", {"fold_count": 2})
+    assert sizes == widths and probed.numbers.tolist() == store.numbers.tolist()
+    for a, b in zip(stored, now, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3)
