@@ -14,8 +14,14 @@ to tell the video's class too, and the student is pulled towards teacher and com
 Sources of teachers: `teacher.py`. What the report leaves open, and what differs:
 * It sums nothing up: the loss is eq. 6.1 + 6.4 + 6.5. Neither temperatures nor lambda are printed: those of the code,
   which has no lambda, and one half. The index under the sum of eq. 6.2 is j.
-* Preset `code`: eqs. 6.4 and 6.5 as plain sums (half of them with two teachers), eq. 6.3 in both directions, and
-  a symmetric KL divergence between the student's and the composition's classes (weight 0.5), which the report lacks.
+* Preset `code` (`loss_scale=code`): eq. 6.3 in both directions, and two losses with an optimiser each. The student
+  learns from its classification and, for each teacher, L_nce with the teacher, L_nce with the composition and a
+  symmetric KL divergence of its classes and the composition's (weight 0.5), these three halved with two teachers. The
+  composition and its classifier learn from their classification, the same L_nce and divergence, unhalved, and L_nce
+  of composition and teacher. So no classification of a composition reaches the student. The report has one loss, no
+  divergence, no L_nce of composition and teacher.
+* The code clears no gradient between its two passes backward, so its last version adds the student's loss to the
+  compositions' gradients; its first one does not, and neither do we.
 * f_theta is Linear([x_a / |x_a|, x_v / |x_v|]); its residual takes the teacher's vector as it is [C].
 * 1 - p of eq. 6.3 is the sum of the other probabilities, exact where p rounds to 1; 1e-10 inside logarithms [C]. A row
   without a negative (one class in the batch) has no such term, where the code divides by zero. Rows are the global
@@ -23,7 +29,8 @@ Sources of teachers: `teacher.py`. What the report leaves open, and what differs
 * A teacher whose vectors have another length than the student's features is mapped to it by a linear layer [ours].
 * An image network sees the clip's middle picture, the code one random frame; a clip that a teacher does not know is
   left out of that teacher's terms, and one without a label out of all.
-* One optimiser; the code's second one, of the compositions, never lowers its rate.
+* One optimiser; the code's others, of the compositions, never lower their rate. A layer that maps a teacher's vectors
+  learns with the compositions.
 """
 
 # legend: B clips of this rank, n those with picture and label, N those of all ranks that a teacher knows, C classes
@@ -67,7 +74,7 @@ class Config:
     audio_temperature: float = 0.5  # [C]
     image_temperature: float = 0.1  # [C]
     mix: float = 0.5  # [ours] lambda of eqs. 6.4, 6.5
-    loss_scale: Literal["report", "code"] = "report"  # [S2] eqs. 6.4, 6.5; code: plain sums, halved with two teachers
+    loss_scale: Literal["report", "code"] = "report"  # [S2] eqs. 6.1 + 6.4 + 6.5; code: [C] two losses of plain sums
     symmetric: bool = False  # [S2] eq. 6.3; True: [C] also from teacher to student
     divergence: float = 0.0  # [S2] none; [C] 0.5: weight of the symmetric KL of student and composition
     video_net: str = "vcop-r2plus1d"  # [C] R(2+1)D, one block per stage
@@ -202,7 +209,7 @@ def class_aware_nce(x_ND: Tensor, y_ND: Tensor, label_N: Tensor, temperature: fl
 
 
 def distillation(direct: Tensor, composed: Tensor, mix: float, loss_scale: str, teachers: int) -> Tensor:
-    """Eqs. 6.4, 6.5: lambda L_nce(x_v, x_t) + (1 - lambda) L_nce(x_v, x_tv); code: their sum over `teachers`."""
+    """Eqs. 6.4, 6.5: lambda L_nce(x_v, x_t) + (1 - lambda) L_nce(x_v, x_tv); code: the student's sum / `teachers`."""
     return mix * direct + (1 - mix) * composed if loss_scale == "report" else (direct + composed) / teachers
 
 
@@ -253,7 +260,11 @@ class Ccl(Stateless):
         return self.step(batch)
 
     def step(self, batch: Batch) -> tuple[Tensor, dict[str, float | Tensor]]:
-        """Eqs. 6.1 + 6.4 + 6.5; this rank's share of the classification, the whole batch' distillation."""
+        """Eqs. 6.1 + 6.4 + 6.5; this rank's share of the classification, the whole batch' distillation.
+
+        With loss_scale=code the sum of the student's loss and the compositions', no parameter of which shares a
+        gradient with the other.
+        """
         if batch.video is None or batch.labels is None:
             raise UsageError("a batch without pictures or without labels", "this method learns from both")
         taught_B = batch.has_picture & (batch.labels >= 0)
@@ -278,18 +289,46 @@ class Ccl(Stateless):
         """What one teacher adds: its composition's classification, its distillation."""
         c, temperature = self.config, getattr(self.config, f"{name}_temperature")
         t_BD = self.adapters[name](self.teachers[name](batch).to(x_BD))
-        tv_BD = self.compositions[name](t_BD, x_BD)
-        composed_BC = self.composed_classifiers[name](tv_BD)
+        label_N = all_gather_rows(label_B[here_B])
+
+        def gathered(y_BD: Tensor) -> Tensor:
+            return gather_with_grad(y_BD[here_B])
+
+        code = c.loss_scale == "code"
+        x_ND, t_ND = gathered(x_BD), gathered(t_BD)
+        tv_BD, composed_BC = self._compose(name, t_BD, x_BD.detach() if code else x_BD)
+        tv_ND = gathered(tv_BD)
+        if code:  # what the student learns from: compositions whose parameters are constants
+            fixed_BD, fixed_BC = self._compose(name, t_BD.detach(), x_BD, fixed=True)
+            direct = self._nce(x_ND, t_ND.detach(), label_N, temperature)
+            composed = self._nce(x_ND, gathered(fixed_BD), label_N, temperature)
+        else:
+            fixed_BC = composed_BC
+            direct = self._nce(x_ND, t_ND, label_N, temperature)
+            composed = self._nce(x_ND, tv_ND, label_N, temperature)
         each = torch.stack([
-            F.cross_entropy(composed_BC, label_B, reduction="none"), symmetric_kl(logit_BC, composed_BC),
+            F.cross_entropy(composed_BC, label_B, reduction="none"), symmetric_kl(logit_BC, fixed_BC),
         ])  # fmt: skip
         cls, apart = global_means(each, here_B.expand(2, -1))
-        x, t, tv = (gather_with_grad(y[here_B]) for y in (x_BD, t_BD, tv_BD))
-        label_N = all_gather_rows(label_B[here_B])
-        direct, composed = self._nce(x, t, label_N, temperature), self._nce(x, tv, label_N, temperature)
         told = distillation(direct, composed, c.mix, c.loss_scale, len(c.names))
         said = {f"cls_{name}": cls, f"nce_{name}": direct, f"nce_composed_{name}": composed}
-        return cls + told + c.divergence * apart, {k: y.detach() for k, y in said.items()}
+        if not code:
+            return cls + told + c.divergence * apart, {k: y.detach() for k, y in said.items()}
+        student = told + c.divergence * apart / len(c.names)
+        (mine,) = global_means(symmetric_kl(logit_BC.detach(), composed_BC)[None], here_B[None])
+        said[f"nce_rectified_{name}"] = rectified = self._nce(tv_ND, t_ND, label_N, temperature)
+        composition = cls + self._nce(x_ND.detach(), tv_ND, label_N, temperature) + rectified + c.divergence * mine
+        return student + composition, {k: y.detach() for k, y in said.items()}
+
+    def _compose(self, name: str, t_BD: Tensor, x_BD: Tensor, fixed: bool = False) -> tuple[Tensor, Tensor]:
+        """The composition and its classes; `fixed`: no gradient to its parameters, only to what it is given."""
+        out = []
+        given: tuple[Tensor, ...] = (t_BD, x_BD)
+        for module in (self.compositions[name], self.composed_classifiers[name]):
+            parameters = {k: p.detach() if fixed else p for k, p in module.named_parameters()}
+            out.append(torch.func.functional_call(module, parameters, given))
+            given = (out[-1],)
+        return out[0], out[1]
 
     def _nce(self, x_ND: Tensor, y_ND: Tensor, label_N: Tensor, temperature: float) -> Tensor:
         if not len(x_ND):

@@ -22,6 +22,13 @@ What differs from the paper, and what it leaves open (all of it fields of the co
 * The memory is one per snippet, as the paper defines it; `bank_rows=video` keeps AVID-CMA's one per video (then the
   embeddings of a video's snippets are averaged). It moves only in contrastive steps, where it is scored. No snippet of
   the own video is a negative (`exclude_self`).
+* A memory of snippets begins as its video's, T times. While all T are equal, positives are mined over videos and lie at
+  the same t: among equal rows 32 of them would be of seven videos. Later they are snippets of any other video;
+  `own_positives` for those of the own one too, which the paper neither asks for nor excludes.
+* Row t is the t-th snippet of a run that lies anywhere in its video: in one longer than T snippets it is no fixed place
+  of the video. `start=centre` fixes the places, and then never shows the others.
+* The paper trains on AudioSet's balanced part, from an AVID-CMA of all of it: with `--init RUN` and another store or
+  selection, networks and Z are that run's, and its networks embed the new videos once to fill the memory (`memory.py`).
 * A snippet whose sound lies outside its video is no token and no target. Runs longer than the video move closer
   together first (`shrunk` in the metrics).
 """
@@ -49,7 +56,7 @@ from trainers.batch import Batch
 from trainers.encoders import encode
 from trainers.needs import Needs
 from trainers.negatives import draw_negatives
-from trainers.positives import AGREEMENTS, mine_positives
+from trainers.positives import AGREEMENTS, Mined, mine_positives
 from trainers.spread import feature_std
 from trainers.towers import Towers, at_least_float32, unit
 
@@ -84,6 +91,7 @@ class Config:
     loss_scale: Literal["code", "paper"] = "code"  # [C] halves of both directions; paper: eqs. 1-3
     within_negatives: int = 64  # [C] the first so many of the negatives in L_M; 0: all
     exclude_self: bool = True  # [ours] False: snippets of the own video may be drawn as negatives
+    own_positives: bool = False  # [ours] True: snippets of the own video may be mined as positives
     negatives: int = 1024  # [C] K
     temperature: float = 0.07  # [C]
     bank_momentum: float = 0.5  # [C]
@@ -102,7 +110,7 @@ class Config:
     front_end: str = "avid-linear257"  # [S0] section 5
     learning_rate: float = 1e-4  # [ours] Adam, constant
     warmup_steps: int = 0  # [ours]
-    schedule: Literal["constant", "cosine"] = "constant"  # [ours]
+    schedule: Literal["constant", "cosine", "multistep"] = "constant"  # [ours]
     weight_decay: float = 1e-5  # [C]
     batch: int = 32  # [ours] videos of a step: T times as many snippets
     epochs: int = 20  # [ours] ten of each loss
@@ -120,7 +128,7 @@ class Config:
             ("engine", ("auto", "faiss", "torch")),
             ("loss_scale", ("code", "paper")),
             ("pool", ("max", "avg")),
-            ("schedule", ("constant", "cosine")),
+            ("schedule", ("constant", "cosine", "multistep")),
         ):
             if getattr(self, name) not in allowed:
                 wrong.append(f"{name} {getattr(self, name)!r}: {did_you_mean(getattr(self, name), allowed)}")
@@ -217,6 +225,21 @@ def reconstruction(guess_BTC: Tensor, target_BTC: Tensor, masked_BT: Tensor, squ
     return torch.where(masked_BT, far_BT, 0).sum(1) / masked_BT.sum(1).clamp(min=1)
 
 
+# ---- which snippets are positives -------------------------------------------------------------------------------
+
+
+def of_others(mined: Mined, row_Q: Tensor, snippets: int, k: int) -> tuple[Tensor, Tensor]:
+    """The k best of more mined rows that are of other videos than the query's: rows (Q, k), ascending, and scores.
+
+    Row r is of video r // snippets. Of k + snippets - 1 or of all rows, the best k that are not the own ones are the
+    best k of all others: what was certified stays so.
+    """
+    own_QM = mined.rows // snippets == (row_Q // snippets)[:, None]
+    score_QM, order_QM = torch.where(own_QM, -torch.inf, mined.agreement).sort(dim=1, descending=True, stable=True)
+    rows_QK, place_QK = mined.rows.gather(1, order_QM)[:, :k].sort(1)
+    return rows_QK, score_QM[:, :k].gather(1, place_QK)
+
+
 # ---- which steps are masked -------------------------------------------------------------------------------------
 
 
@@ -287,10 +310,11 @@ class Temporal(nn.Module):
     def __init__(self, config: Config, n_rows: int) -> None:
         super().__init__()
         rows = n_rows * config.snippets if config.bank_rows == "snippet" else n_rows
-        if config.positives >= rows:
+        own = config.snippets if config.bank_rows == "snippet" and not config.own_positives else 1
+        if config.positives > rows - own:
             raise UsageError(
                 f"{config.positives} positives in a bank of {rows} rows ({n_rows} videos)",
-                "each row needs that many others",
+                "each row needs that many others" + (" of other videos" if own > 1 else ""),
                 "select more videos, or --set positives=... smaller",
             )
         self.config = config
@@ -533,28 +557,57 @@ class Temporal(nn.Module):
 
     def refresh(self, epoch: int) -> dict[str, float]:
         """Positives from the bank as it is; ranks share the rows and gather them."""
-        c, n = self.config, len(self.bank)
+        c, steps = self.config, self.config.snippets if self.config.bank_rows == "snippet" else 1
         distributed.require_equal(self.bank.checksum(), "the memory bank")
-        world, rank = distributed.world(), distributed.rank()
-        share = torch.arange(n * rank // world, n * (rank + 1) // world, device=self.bank.memory.device)
+        memory, complete = self.bank.memory, self.bank.complete()
+        equal = steps > 1 and self._snippets_are_equal()
+        over_videos = equal and int(complete[::steps].sum()) > c.positives
+        if over_videos:
+            memory, complete = memory[::steps].contiguous(), complete[::steps]
+        own = 0 if over_videos or c.own_positives else steps - 1  # rows to pass over
+        n, world, rank = len(memory), distributed.world(), distributed.rank()
+        if own:
+            there_N = complete.view(-1, steps).sum(1).repeat_interleave(steps)
+            others = int(complete.sum()) - int(torch.where(complete, there_N, 0).max())
+            if others < c.positives:
+                raise UsageError(
+                    f"{c.positives} positives among {others} snippets of other videos",
+                    "each needs that many with sight and sound in the bank",
+                    "ask for fewer (--set positives=...), or --set own_positives=true",
+                )
+        share = torch.arange(n * rank // world, n * (rank + 1) // world, device=memory.device)
         mined = mine_positives(
-            self.bank.memory,
-            c.positives,
+            memory,
+            min(c.positives + own, int(complete.sum()) - 1) if own else c.positives,
             agreement=c.agreement,
             engine=c.engine,
-            eligible_N=self.bank.complete(),
+            eligible_N=complete,
             query_Q=share,
         )
-        self.positives, self.refreshed = distributed.all_gather_rows(mined.rows), epoch
+        rows_QP, score_QP = (mined.rows, mined.agreement) if not own else of_others(mined, share, steps, c.positives)
+        rows_NP = distributed.all_gather_rows(rows_QP)
+        if over_videos:  # each snippet's are the snippets of the same t
+            step_T = torch.arange(steps, device=rows_NP.device)[:, None]
+            rows_NP = torch.where(rows_NP[:, None] < 0, -1, rows_NP[:, None] * steps + step_T).flatten(0, 1)
+        self.positives, self.refreshed = rows_NP, epoch
         part = len(share) - mined.left_out
-        counts = [part, mined.certified * part, mined.ties, mined.left_out, mined.stats["agreement"] * part]
+        agreement = float(score_QP[complete[share]].mean()) if part else 0.0
+        counts = [part, mined.certified * part, mined.ties, mined.left_out, agreement * part]
         sums = distributed.all_reduce_sum(torch.tensor(counts, dtype=torch.float64, device=share.device)).tolist()
         return {
             "positives/certified": sums[1] / max(sums[0], 1),
             "positives/ties": sums[2],
             "positives/left_out": sums[3],
             "positives/agreement": sums[4] / max(sums[0], 1),
+            "positives/faiss": mined.stats["faiss"],
         }
+
+    def _snippets_are_equal(self) -> bool:
+        """Whether each video's snippets still have one memory, that of AVID-CMA."""
+        return all(
+            bool((x == x[:, :1]).all())
+            for x in (y.unflatten(0, (-1, self.config.snippets)) for y in self.bank.state().values())
+        )
 
     def method_state(self) -> dict[str, Tensor]:
         """What a checkpoint must hold beside `state_dict()`: bank, Z, positives, epoch of the mining, steps."""
