@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from avstore.errors import NotFoundError, UsageError
@@ -153,6 +154,7 @@ def test_json_round_trip_and_digest() -> None:
         c.RunConfig.from_json(old)
 
 
+@hypothesis_settings(deadline=None)  # a busy machine takes longer than 200 ms
 @given(st.integers(1, 10**6), st.floats(1e-6, 10, allow_nan=False), st.booleans())
 def test_values_survive_being_written_as_text(batch: int, rate: float, small: bool) -> None:
     sets = [f"batch={as_text(batch)}", f"learning_rate={as_text(rate)}", f"small={as_text(small)}"]
