@@ -131,7 +131,8 @@ FRONT_ENDS: dict[str, FrontEnd] = {
             eps=1e-10,
             clip_floor_db=100.0,
         ),
-        # CrissCross: 80 mels over 0-8 kHz, Slaney's scale and area norm (its code's librosa.filters.mel).
+        # CrissCross: 80 mels over 0-8 kHz, Slaney's scale and area norm (its code's librosa.filters.mel). Centred: 2 s
+        # are 201 frames there; the 201st is the row after the clip and is dropped, as AVID drops its own (`rows`).
         FrontEnd("crisscross-mel80", 16000, 1024, 1024, 160, 80, fmax=8000.0),
         # SeLaVi and GDT: log filter bank of 20-ms windows, not centred, pre-emphasis 0.97, HTK triangles of unit peak,
         # rectangular window (what python_speech_features, their package, does by default; power without its 1/n_fft).

@@ -41,7 +41,7 @@ def test_recipes_need_no_torch():
     [
         ("avid-linear257", 200, 257, 2),  # the 201st frame dropped
         ("avid-linear129", 100, 129, 2),
-        ("crisscross-mel80", 200, 80, 2),
+        ("crisscross-mel80", 200, 80, 2),  # likewise
         ("gdt-fbank40", 100, 40, 1),
         ("avcl-mel256", 1000, 256, 10),
         ("avcl-mel256-5ms", 256, 256, 1.28),
@@ -96,6 +96,7 @@ def test_crisscross_against_librosa():
     mel = librosa.feature.melspectrogram(
         y=wave, sr=16000, n_fft=1024, hop_length=160, n_mels=80, fmin=0, fmax=8000, pad_mode="reflect"
     )
+    assert mel.shape == (80, 201)  # as its code has it; a clip takes rate * duration rows, whoever reads it
     got = spectrogram(torch.from_numpy(wave), "crisscross-mel80", 16000).numpy()
     assert np.abs(got - np.log(mel + np.finfo(np.float32).eps).T[:200]).max() < 1e-3
 
