@@ -4,6 +4,10 @@
     read("TVSum/")      ydata-tvsum50.mat with shot_TVSum.mat for segments
     read("eccv16.h5")   the HDF5 layout that DR-DSN's followers share: features, picks, change points, user summaries
 
+Which F-score a set's papers print (SumMe the best over people, TVSum the mean) is said by the set, or by the attributes
+`set` and `measure` that `avstore export` writes into HDF5; the shared file of others says nothing, and is scored as
+whoever asks for it says (`bench summarize --measure`).
+
 Not here: what is made of them (`summary.py`), and writing that layout (`avstore export`).
 """
 
@@ -23,6 +27,7 @@ from scipy.io import loadmat
 from avstore.errors import CorruptError, NotFoundError, UsageError
 from benchmarks.summary import summary_of
 
+MEASURES = ("best", "mean")
 STRIDE = 15  # frames between those that are scored, in all of this literature
 
 
@@ -40,15 +45,16 @@ class Annotated:
     picks: NDArray[np.int64]
     machine: NDArray[np.bool_] | None = None
     features: NDArray[np.float32] | None = None
+    graded: bool = True  # False: no scores were given, `scores` repeats the summaries
 
 
 @dataclass(frozen=True)
 class Annotations:
     """A set: its videos by name (of an HDF5 file: by group, as split files name them), and which F-score its papers
-    print (`best` over people, or `mean`)."""
+    print: `best` over people, `mean`, or None where the file does not say."""
 
     name: str
-    measure: str
+    measure: str | None
     videos: dict[str, Annotated]
 
 
@@ -85,7 +91,7 @@ def _segments(starts: Any, n_frames: int) -> NDArray[np.int64]:
 
 def _summe(folder: Path) -> Annotations:
     extra = folder / "example_summary_and_segments.json"
-    given = json.loads(extra.read_text()) if extra.is_file() else {}
+    given = _machine(extra) if extra.is_file() else {}
     videos = {}
     files = sorted((folder / "GT").glob("*.mat"))
     if not files:
@@ -97,20 +103,37 @@ def _summe(folder: Path) -> Annotations:
         except (ValueError, KeyError, TypeError, OSError) as e:
             raise CorruptError(f"{file} cannot be read", f"{type(e).__name__}: {e}", "copy it anew") from e
         n = len(chosen)
-        here = given.get(file.stem, {})
-        if here and len(here["summary"]) != n:
-            raise CorruptError(
-                f"{file.stem}: a summary of {len(here['summary'])} frames for a video of {n}", f"in {extra}"
-            )
-        # without segments: two seconds each, at the frame rate that the file states
-        rate = float(np.asarray(mat["FPS"]).item()) if "FPS" in mat else 30.0
-        starts = here.get("segment", np.arange(0, n, max(1, round(2 * rate))))
-        machine = np.asarray(here["summary"]).astype(bool) if here else None
+        machine, starts = given.get(file.stem, (None, None))
+        if machine is not None and len(machine) != n:
+            raise CorruptError(f"{file.stem}: a summary of {len(machine)} frames for a video of {n}", f"in {extra}",
+                               "copy it anew, or remove it: segments are then of two seconds")  # fmt: skip
+        if starts is None:  # two seconds each, at the frame rate that the file states
+            rate = float(np.asarray(mat["FPS"]).item()) if "FPS" in mat else 30.0
+            starts = np.arange(0, n, max(1, round(2 * rate)))
         people = np.ascontiguousarray(chosen.T)
         videos[file.stem] = Annotated(
-            file.stem, n, people, people.astype(np.float32), _segments(starts, n), _picks(n), machine
+            file.stem, n, people, people.astype(np.float32), _segments(starts, n), _picks(n), machine, graded=False
         )
     return Annotations("SumMe", "best", videos)
+
+
+def _machine(file: Path) -> dict[str, tuple[NDArray[np.bool_] | None, NDArray[np.int64] | None]]:
+    """{video: (summary, first frames of segments)} of the JSON beside SumMe; CorruptError where it is none."""
+    try:
+        out = {}
+        for name, here in json.loads(file.read_text(encoding="utf-8")).items():
+            machine = np.asarray(here["summary"], np.float64) if here else None
+            if machine is not None and (machine.ndim != 1 or not np.isin(machine, (0, 1)).all()):
+                raise ValueError(f"the summary of {name} is no list of 0 and 1")
+            starts = np.asarray(here["segment"], np.int64) if "segment" in here else None
+            out[name] = (None if machine is None else machine.astype(bool), starts)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as e:
+        raise CorruptError(
+            f"{file} cannot be read",
+            f"{type(e).__name__}: {e}",
+            "copy it anew, or remove it: segments are then of two seconds",
+        ) from e
+    return out
 
 
 def _tvsum(folder: Path) -> Annotations:
@@ -138,6 +161,7 @@ def _eccv16(path: Path) -> Annotations:
     videos = {}
     try:
         with h5py.File(path, "r") as file:
+            name_of_set, measure = _said(file, path)
             for key in file:
                 group = file[key]
                 n = int(np.asarray(group["n_frames"]).item())
@@ -158,6 +182,7 @@ def _eccv16(path: Path) -> Annotations:
                     np.asarray(group["picks"], np.int64),
                     None,
                     np.asarray(group["features"], np.float32) if "features" in group else None,
+                    "user_scores" in group,
                 )
     except (OSError, KeyError, ValueError) as e:
         raise CorruptError(
@@ -167,5 +192,12 @@ def _eccv16(path: Path) -> Annotations:
         ) from e
     if not videos:
         raise UsageError(f"{path} holds no video", "", "avstore export STORE --layout eccv16 writes one")
-    measure = "mean" if "tvsum" in path.name.lower() else "best"
-    return Annotations(path.stem, measure, videos)
+    return Annotations(name_of_set, measure, videos)
+
+
+def _said(file: Any, path: Path) -> tuple[str, str | None]:
+    """(name, measure) of the attributes, else the file's name and None. ValueError for a measure that is none."""
+    name, measure = file.attrs.get("set"), file.attrs.get("measure")
+    if measure is not None and measure not in MEASURES:
+        raise ValueError(f"its attribute measure is {measure!r}, not one of {', '.join(MEASURES)}")
+    return (path.stem if name is None else str(name)), (None if measure is None else str(measure))

@@ -6,6 +6,9 @@ sight and sound as well: every event of the picture starts a note, and what is b
 Real H.264 and AAC in mp4: 160 x 128 pixels at 16 frames/s, 24 kHz mono. A clip is a pure function of
 (seed, split, number, seconds), whatever the number of workers or of clips.
 
+`long=True` makes untrimmed videos of it: 20 s of ground and hiss in which the shape is seen and its notes are heard for
+2 to 3 s only, at a place of its own; nothing else in the video tells the class.
+
 It writes media files and nothing else; `causes` tells what lies behind them.
 """
 
@@ -32,6 +35,7 @@ CLASSES = ("bounce-drum", "pulse-bell", "spin-snare", "slide-upsweep",
 SPLITS = ("train", "test")
 WIDTH, HEIGHT, FPS, RATE = 160, 128, 16, 24_000
 SHAKE_HZ = 6.3
+LONG, EVENT = 20, (2.0, 3.0)  # seconds of an untrimmed video, and from/to of what happens in it
 VERSION = 1  # of the recipe; a folder made by another one is not mixed with this one's
 
 Array = np.ndarray[Any, Any]
@@ -49,6 +53,7 @@ class Cause:
     period: float  # seconds between events, on average
     events: tuple[float, ...]  # seconds; the first lies at or before 0, the last beyond the end
     semitones: float  # -12 (big, low) to 12 (small, high)
+    event: tuple[float, float] | None = None  # seconds, from and to, in which there is anything; None: all of the clip
 
     @property
     def path(self) -> str:
@@ -68,7 +73,8 @@ class Cause:
     @property
     def mark(self) -> str:
         """Identity of the clip; written into the file, so that a finished one is known again."""
-        return f"avstore demo set {VERSION}: seed={self.seed} seconds={self.seconds:g} {self.path}"
+        long = "" if self.event is None else " long"
+        return f"avstore demo set {VERSION}{long}: seed={self.seed} seconds={self.seconds:g} {self.path}"
 
     def rng(self, side: str) -> np.random.Generator:
         """The nuisances of one side (`cause`, `sight` or `sound`), independent of the other's."""
@@ -76,8 +82,12 @@ class Cause:
         return np.random.default_rng([VERSION, self.seed, SPLITS.index(self.split), self.number, stream])
 
 
-def causes(train: int = 300, test: int = 100, seed: int = 0, seconds: float = 3) -> list[Cause]:
-    """The causes of every clip of a set, train first, classes in turn. Raises UsageError."""
+def causes(
+    train: int = 300, test: int = 100, seed: int = 0, seconds: float | None = None, long: bool = False
+) -> list[Cause]:
+    """The causes of every clip of a set, train first, classes in turn. seconds: default 3, of long ones 20, at least
+    5. Raises UsageError."""
+    seconds = (LONG if long else 3) if seconds is None else seconds
     for name, value, least in (("train", train, 0), ("test", test, 0), ("seed", seed, 0)):
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
             raise errors.UsageError(f"{name} = {value!r} makes no set", "a whole number, 0 or more", f"give --{name} N")
@@ -85,22 +95,32 @@ def causes(train: int = 300, test: int = 100, seed: int = 0, seconds: float = 3)
         raise errors.UsageError("a set of no clips", "train and test are both 0", "ask for one clip at least")
     if max(train, test) > 9999:
         raise errors.UsageError(f"{max(train, test)} clips in one split", "a name has four digits", "ask for fewer")
-    if not isinstance(seconds, (int, float)) or not 0.5 <= seconds <= 60:
-        raise errors.UsageError(f"clips of {seconds!r} s", "a clip lasts 0.5 to 60 s", "give --seconds 3")
+    shortest = 5 if long else 0.5
+    if not isinstance(seconds, (int, float)) or not shortest <= seconds <= 60:
+        what = "a long clip" if long else "a clip"
+        fitting = f"give --seconds {LONG if long else 3}"
+        raise errors.UsageError(f"clips of {seconds!r} s", f"{what} lasts {shortest:g} to 60 s", fitting)
     frames = round(seconds * FPS)
-    return [_cause(seed, split, number, frames / FPS)
+    return [_cause(seed, split, number, frames / FPS, long)
             for split, count in zip(SPLITS, (train, test), strict=True) for number in range(count)]  # fmt: skip
 
 
-def _cause(seed: int, split: str, number: int, seconds: float) -> Cause:
+def _cause(seed: int, split: str, number: int, seconds: float, long: bool = False) -> Cause:
     blank = Cause(int(seed), split, number, seconds, CLASSES[number % len(CLASSES)], 1.0, (), 0.0)
     rng = blank.rng("cause")
     period = float(np.exp(rng.uniform(np.log(0.25), np.log(0.9))))
     semitones = float(rng.uniform(-12, 12))
-    times = [-float(rng.uniform(0, 1)) * period]
-    while times[-1] <= seconds:
+    before = float(rng.uniform(0, 1)) * period
+    begin, end = 0.0, seconds
+    if long:
+        lasts = float(rng.uniform(*EVENT))
+        begin = float(rng.uniform(0, seconds - lasts))
+        end = begin + lasts
+    times = [begin - before]
+    while times[-1] <= end:
         times.append(times[-1] + period * float(rng.uniform(0.93, 1.07)))
-    return Cause(blank.seed, split, number, seconds, blank.label, period, tuple(times), semitones)
+    event = (begin, end) if long else None
+    return Cause(blank.seed, split, number, seconds, blank.label, period, tuple(times), semitones, event)
 
 
 # ---- sight
@@ -110,13 +130,16 @@ def sight(cause: Cause) -> Array:
     """Frames uint8 (T, 128, 160, 3), RGB; frame k shows time k / 16 s."""
     rng = cause.rng("sight")
     kind = CLASSES.index(cause.label)
-    t = np.arange(round(cause.seconds * FPS)) / FPS
+    count = round(cause.seconds * FPS)
+    begin, end = cause.event or (0.0, cause.seconds)
+    first, stop = int(np.ceil(begin * FPS)), min(count, int(np.ceil(end * FPS)))
+    t = np.arange(first, stop) / FPS
     events = np.asarray(cause.events)
     last = np.searchsorted(events, t, side="right") - 1
     tau = t - events[last]  # seconds since the last event
     u = tau / np.diff(events)[last]  # the same as a part of its interval
 
-    pose = _pose(kind, t, tau, u, last, rng)
+    pose = _pose(kind, t - begin, tau, u, last, rng)
     y, x = np.mgrid[:HEIGHT, :WIDTH].astype(np.float32)
     dx = x - pose["x"].astype(np.float32)[:, None, None]
     dy = y - pose["y"].astype(np.float32)[:, None, None]
@@ -135,10 +158,12 @@ def sight(cause: Cause) -> Array:
     colour = 255 * _rgb(hue, rng.uniform(0.75, 1), rng.uniform(0.75, 1))
     ink = colour + (255 - colour) * pose["white"][:, None]  # (T, 3)
     ground = _ground(x, y, rng)
-    frames = ground + cover[..., None] * (ink[:, None, None].astype(np.float32) - ground)
+    frames = np.empty((count, HEIGHT, WIDTH, 3), np.float32)
+    frames[:] = ground
+    frames[first:stop] = ground + cover[..., None] * (ink[:, None, None].astype(np.float32) - ground)
     # one pass of noise, shifted for each frame: as good to a codec and much cheaper than a pass for each
     noise = rng.normal(0, rng.uniform(1, 4), (2 * HEIGHT, 2 * WIDTH)).astype(np.float32)
-    for k, (down, right) in enumerate(rng.integers((HEIGHT, WIDTH), size=(t.size, 2))):
+    for k, (down, right) in enumerate(rng.integers((HEIGHT, WIDTH), size=(count, 2))):
         frames[k] += noise[down : down + HEIGHT, right : right + WIDTH, None]
     return np.clip(frames + 0.5, 0, 255).astype(np.uint8)
 
@@ -217,18 +242,23 @@ def sound(cause: Cause) -> Array:
     length = round(cause.seconds * RATE)
     events = np.asarray(cause.events)
     decay = rng.uniform(0.8, 1.25)
+    begin, end = cause.event or (0.0, cause.seconds)
+    opens, closes = round(begin * RATE), round(end * RATE)
     dry = np.zeros(length)
     for start, interval in zip(events[:-1], np.diff(events), strict=True):
         pitch = cause.pitch * 2 ** (rng.normal(0, 0.15) / 12)
         note = rng.uniform(0.7, 1.0) * _note(kind, pitch, interval, decay, rng)
         first = round(start * RATE)
-        note = note[max(0, -first) : length - first]
-        dry[max(0, first) : max(0, first) + note.size] += note
+        note = note[max(0, opens - first) : closes - first]
+        dry[max(opens, first) : max(opens, first) + note.size] += note
+    if cause.event is not None:  # an edge would click
+        near = np.minimum(np.arange(closes - opens), np.arange(closes - opens)[::-1])
+        dry[opens:closes] *= np.clip(near / (0.005 * RATE), 0, 1)
 
     hertz = np.fft.rfftfreq(length, 1 / RATE)
     wet = np.fft.irfft(np.fft.rfft(dry) * (hertz + 50) ** rng.uniform(-0.5, 0.5), length)
     hiss = np.fft.irfft(np.fft.rfft(rng.normal(size=length)) * (hertz + 50) ** -rng.uniform(0, 1), length)
-    wet /= max(float(np.sqrt(np.mean(wet**2))), 1e-9)
+    wet /= max(float(np.sqrt(np.mean(wet[opens:closes] ** 2))), 1e-9)
     wet += hiss / np.sqrt(np.mean(hiss**2)) * 10 ** (-rng.uniform(8, 25) / 20)
     return np.round(wet / np.abs(wet).max() * rng.uniform(0.2, 0.9) * 32767).astype(np.int16)
 
@@ -326,9 +356,10 @@ def generate(
     train: int = 300,
     test: int = 100,
     seed: int = 0,
-    seconds: float = 3,
+    seconds: float | None = None,
     workers: int = 2,
     progress: Callable[[int, int], None] | None = None,
+    long: bool = False,
 ) -> list[Path]:
     """Write the set as `<folder>/<train|test>/<class>/<number>.mp4` and return the paths, train first.
 
@@ -340,7 +371,7 @@ def generate(
     """
     if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
         raise errors.UsageError(f"workers = {workers!r}", "a whole number, 1 or more", "give --workers 2")
-    wanted = causes(train, test, seed, seconds)
+    wanted = causes(train, test, seed, seconds, long)
     root = Path(folder)
     try:
         root.mkdir(parents=True, exist_ok=True)

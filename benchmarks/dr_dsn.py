@@ -13,7 +13,7 @@ are). Everything else as the authors' code ran it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -79,6 +79,18 @@ def reward(features_nD: Tensor, chosen_n: Tensor, far: int = 20) -> Tensor:
     return (diversity(features_nD, chosen_n, far) + representativeness(features_nD, chosen_n)) / 2
 
 
+def loss(
+    p_n: Tensor, episodes: Sequence[tuple[Tensor, float]], baseline: float, share: float = 0.5, penalty: float = 0.01
+) -> Tensor:
+    """What is minimised for one video: penalty * (mean p - share)^2 less, summed over the episodes (chosen bool (n,),
+    reward), mean log P(chosen) * (reward - baseline). The paper takes the mean over episodes; the authors'
+    code, and this, their sum, so that with 5 of them the penalty weighs a fifth of the paper's. A scalar."""
+    out = penalty * (p_n.mean() - share) ** 2
+    for chosen_n, got in episodes:
+        out = out - torch.where(chosen_n, p_n, 1 - p_n).clamp_min(1e-12).log().mean() * (got - baseline)
+    return out
+
+
 class Summariser(nn.Module):
     """(n, D) -> (n,) probabilities."""
 
@@ -123,21 +135,19 @@ def train(
         for i in order.tolist():
             x = data[names[i]]
             p = net(x)
-            loss = c.penalty * (p.mean() - c.share) ** 2
-            got = []
+            tried = []
             for episode in range(c.episodes):
                 u = draws.uniform(c.seed, "probe", epoch * c.episodes + episode, i, np.arange(len(p)))[..., 0]
                 action = torch.from_numpy(u).to(p) < p.detach()
-                log_p = torch.where(action, p, 1 - p).clamp_min(1e-12).log()
-                r = float(reward(x, action, c.far))
-                loss = loss - log_p.mean() * (r - baselines[i]) / c.episodes
-                got.append(r)
+                tried.append((action, float(reward(x, action, c.far))))
+            cost = loss(p, tried, float(baselines[i]), c.share, c.penalty)
             optimiser.zero_grad(set_to_none=True)
-            loss.backward()
+            cost.backward()
             norm = nn.utils.clip_grad_norm_(net.parameters(), c.clip_gradient)
-            if not torch.isfinite(loss) or not torch.isfinite(norm):
-                raise AvstoreError(f"DR-DSN diverged in epoch {epoch + 1} at {names[i]}", f"loss {float(loss)}")
+            if not torch.isfinite(cost) or not torch.isfinite(norm):
+                raise AvstoreError(f"DR-DSN diverged in epoch {epoch + 1} at {names[i]}", f"loss {float(cost)}")
             optimiser.step()
+            got = [r for _, r in tried]
             baselines[i] = c.baseline * baselines[i] + (1 - c.baseline) * float(np.mean(got))
             rewards += got
             shares.append(float(p.detach().mean()))

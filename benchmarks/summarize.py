@@ -5,14 +5,18 @@ test part, the same parts for every row. Random scores come close to trained one
 table always holds random, uniform and people, and rank correlations beside the F-score. A video may be in several test
 parts: it is no cross-validation, and `sd` is over splits (and seeds).
 
-Declared: rank correlations are of the scores at the sampled frames (every 15th) with each person's at the same frames,
-averaged over people; `uniform` takes two-second blocks at equal distances; `people` is each person against the others.
+Paired tests (`paired.py`) over splits and seeds compare each two trained rows, and each with random and uniform.
+
+Declared: rank correlations are of the scores at the sampled frames (every 15th) with each person's at the same frames
+(with each person's summary, 0 or 1, where a set has no scores: SumMe, and the shared HDF5 files), averaged over people;
+`uniform` takes two-second blocks at equal distances; `people` is each person against the others. A control has one
+value for each split, which is paired with every seed of it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,22 +25,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 from avstore import draws
-from avstore.errors import ConflictError, NotFoundError, UsageError
-from benchmarks.annotations import Annotated, Annotations
+from avstore.errors import ConflictError, NotFoundError, UsageError, did_you_mean
+from benchmarks import paired
+from benchmarks.annotations import MEASURES, Annotated, Annotations
 from benchmarks.summary import agreement, f_score, frame_scores, rank_correlation, summary_of
 from benchmarks.table import Table
 
 SHARE = 0.15
 BLOCK = 60  # frames of a block of the uniform control: two seconds at 30 a second
 COLUMNS = ("scores", "F", "sd F", "F of splits", "tau", "rho", "of")
-# F-scores on SumMe as their papers print them, from GoogLeNet or their own features; not from the videos here
-PUBLISHED = {"SumMe": (
-    ("DR-DSN, as printed in Lavania et al. Table 2", 0.414),
-    ("XDC, ibid.", 0.414),
-    ("AVID-CMA, ibid.", 0.422),
-    ("temporally cognizant, visual, ibid.", 0.427),
-    ("temporally cognizant, audio-visual, ibid.", 0.435),
-)}  # fmt: skip
+# as their papers print them, from GoogLeNet or their own features; not from the videos here
+PUBLISHED: dict[str, tuple[tuple[str, dict[str, float]], ...]] = {
+    "SumMe": (
+        ("DR-DSN, as printed in Lavania et al. Table 2", {"F": 0.414}),
+        ("XDC, ibid.", {"F": 0.414}),
+        ("AVID-CMA, ibid.", {"F": 0.422}),
+        ("temporally cognizant, visual, ibid.", {"F": 0.427}),
+        ("temporally cognizant, audio-visual, ibid.", {"F": 0.435}),
+        ("DSNet anchor-based, supervised, its README", {"F": 0.502}),
+        ("DSNet anchor-free, supervised, ibid.", {"F": 0.512}),
+        ("CA-SUM, its worst split in its public logs", {"F": 0.399}),
+        ("CA-SUM, its best split, ibid.", {"F": 0.525}),
+    ),
+    "TVSum": (("people, Otani et al. 2019 Table 2", {"tau": 0.177, "rho": 0.204}),),
+}
 Progress = Callable[[str, int, int], None]
 
 
@@ -150,15 +162,23 @@ def summarize(
     split_seed: int = 0,
     seeds: int = 1,
     random_draws: int = 10,
+    measure: str | None = None,
+    published: str | None = None,
     config: Any = None,
     progress: Progress | None = None,
 ) -> Table:
     """The table. features: {row's name: {video: (n_picks, D)}}, DR-DSN trained on each, `seeds` times for each split.
+    measure: `best` or `mean` over people, by default as the annotations say; published: whose figures stand beside,
+    by default those of the set that the annotations are called after.
 
     Raises UsageError where a video has nobody's summary, features lack a video or have another number of rows than its
-    picks.
+    picks, where neither the annotations nor `measure` say how F is formed, and for a set without published figures.
     """
     videos = annotations.videos
+    measure = _measure(annotations, measure)
+    theirs = _published(annotations.name, published)
+    if seeds < 1:
+        raise UsageError(f"{seeds} seeds", "a row is trained once at least", "--seeds 1")
     nobody = [n for n, v in videos.items() if not len(v.people)]
     if nobody:
         raise UsageError(f"nobody's summary of {', '.join(nobody[:3])}", "there is nothing to compare with")
@@ -168,9 +188,9 @@ def summarize(
                 got = "none" if name not in given else str(len(given[name]))
                 raise UsageError(f"{row}: {got} features of {name}", f"it has {len(video.picks)} sampled frames")
     parts = list(splits) if splits is not None else random_splits(list(videos), split_count, split_seed)
-    measure = annotations.measure
     number = {name: i for i, name in enumerate(sorted(videos))}
     rows: list[dict[str, Any]] = []
+    compared: dict[str, Values] = {}
     trained = list((features or {}).items())
     total = 3 + len(trained) * len(parts) * seeds
     done = 0
@@ -185,21 +205,24 @@ def summarize(
         values = Values()
         for split in parts:
             for seed in range(seeds):
-                _add(values, _dr_dsn(annotations, given, split, seed, config))
+                _add(values, _dr_dsn(annotations, given, split, seed, measure, config))
                 step(name)
         rows.append(_row(f"DR-DSN on {name}", values, len(parts)))
+        compared[f"DR-DSN on {name}"] = values
     drawn = {
         name: np.mean(
             [score_of(v, random_scores(v, number[name], k, split_seed), measure) for k in range(random_draws)], 0
         )
         for name, v in videos.items()
     }
-    rows.append(_row(f"random ({random_draws} draws)", _over(parts, drawn), len(parts)))
+    controls = {"random": _over(parts, drawn)}
+    rows.append(_row(f"random ({random_draws} draws)", controls["random"], len(parts)))
     step("random")
     even = {
         n: (getattr(agreement(uniform_summary(v.n_frames), v.people), measure), None, None) for n, v in videos.items()
     }
-    rows.append(_row("uniform", _over(parts, even), len(parts)))
+    controls["uniform"] = _over(parts, even)
+    rows.append(_row("uniform", controls["uniform"], len(parts)))
     if all(v.machine is not None for v in videos.values()):
         given_summaries = {
             n: (getattr(agreement(v.machine, v.people), measure), *_correlations(v, v.machine[v.picks].astype(float)))
@@ -212,22 +235,74 @@ def summarize(
     every = np.mean(list(persons.values()), 0)
     rows.append(_row("people, each against the others", _over(parts, persons), len(parts)))
     step("people")
-    rows += [{"scores": f"published: {n}", "F": v} for n, v in PUBLISHED.get(annotations.name, ())]
+    rows += [{"scores": f"published: {n}", **v} for n, v in theirs]
     return Table(
         f"summaries of {annotations.name}: {len(videos)} videos, {len(parts)} splits",
         COLUMNS,
         rows,
         (
             f"F: {'the best over people' if measure == 'best' else 'the mean over people'}, averaged over the test "
-            "videos of a split, then over splits; tau, rho: rank correlation with each person's scores at the picks",
+            "videos of a split, then over splits; tau, rho: rank correlation with each person's "
+            f"{_ranked_with(videos.values())} at the picks",
             f"people over all {len(videos)} videos: F {every[0]:.3f}, tau {every[1]:.3f}, rho {every[2]:.3f}",
             "sd over splits and seeds; differences below it say nothing. published: theirs, other features and splits",
+            *differences(compared, controls, seeds),
         ),
     )
 
 
+def _measure(annotations: Annotations, asked: str | None) -> str:
+    if asked is not None and asked not in MEASURES:
+        raise UsageError(f"no measure {asked!r}", did_you_mean(asked, MEASURES), "--measure best, or mean")
+    said = asked or annotations.measure
+    if said is None:
+        raise UsageError(
+            f"{annotations.name} does not say how its summaries are scored",
+            "SumMe's papers print the best F over people, TVSum's the mean",
+            "--measure best, or --measure mean",
+        )
+    return said
+
+
+def _published(name: str, asked: str | None) -> tuple[tuple[str, dict[str, float]], ...]:
+    """Of the set that is asked for, else of the one whose name is in that of the annotations: of `SumMe`, or
+    `eccv16_dataset_summe_google_pool5`."""
+    if asked is not None and asked not in PUBLISHED:
+        raise UsageError(f"no published figures of {asked}", did_you_mean(asked, PUBLISHED), "--published SumMe")
+    called = [s for s in PUBLISHED if s.lower() in name.lower()]
+    chosen = asked or (called[0] if len(called) == 1 else "")
+    return PUBLISHED.get(chosen, ())
+
+
+def _ranked_with(videos: Iterable[Annotated]) -> str:
+    """What tau and rho were computed on, in words."""
+    graded = {v.graded for v in videos}
+    if len(graded) > 1:
+        return "scores (summary, 0 or 1, of videos without scores)"
+    return "scores" if graded == {True} else "summary, 0 or 1, for the set has no scores,"
+
+
+def differences(compared: Mapping[str, Values], controls: Mapping[str, Values], seeds: int) -> list[str]:
+    """Lines with paired tests over (split, seed): each two of the rows `compared`, and each with the controls, whose
+    one value of a split stands for each seed. By F, and by tau where both have it."""
+    if not compared:
+        return []
+    out = []
+    for column in ("f", "tau"):
+        told = {"f": "F", "tau": "tau"}[column]
+        rows = {n: getattr(v, column) for n, v in compared.items()}
+        even = {n: [x for x in getattr(v, column) for _ in range(seeds)] for n, v in controls.items()}
+        out += [f"{told}: {line}" for line in paired.lines({**rows, **even}, "splits and seeds", tuple(even))]
+    return out or ["one split and one seed: no paired test of rows can be made; --splits 5 or --seeds 5"]
+
+
 def _dr_dsn(
-    annotations: Annotations, given: Mapping[str, NDArray[np.floating]], split: Split, seed: int, config: Any
+    annotations: Annotations,
+    given: Mapping[str, NDArray[np.floating]],
+    split: Split,
+    seed: int,
+    measure: str,
+    config: Any,
 ) -> list[tuple[float, float, float]]:
     import dataclasses
 
@@ -235,10 +310,7 @@ def _dr_dsn(
 
     c = dataclasses.replace(config if config is not None else dr_dsn.Config(), seed=seed)
     net, _ = dr_dsn.train({n: given[n] for n in split.train}, c)
-    return [
-        score_of(annotations.videos[n], dr_dsn.scores(net, given[n], c.normalise), annotations.measure)
-        for n in split.test
-    ]
+    return [score_of(annotations.videos[n], dr_dsn.scores(net, given[n], c.normalise), measure) for n in split.test]
 
 
 def _over(parts: Sequence[Split], of: Mapping[str, Any]) -> Values:
@@ -266,6 +338,7 @@ def _row(name: str, values: Values, splits: int) -> dict[str, Any]:
         "tau": float(np.mean(values.tau)) if values.tau else None,
         "rho": float(np.mean(values.rho)) if values.rho else None,
         "of": len(values.f),
+        "values": list(values.f),
     }
 
 

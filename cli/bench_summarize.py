@@ -24,6 +24,13 @@ def summarize(
     split_seed: Annotated[int, typer.Option(help="Of the random divisions and random scores.")] = 0,
     seeds: Annotated[int, typer.Option(help="Trainings for each split.")] = 1,
     epochs: Annotated[int, typer.Option(help="Of DR-DSN.")] = 60,
+    measure: Annotated[
+        str | None,
+        typer.Option(help="F over people: best (SumMe) or mean (TVSum). Default: as the annotations say."),
+    ] = None,
+    published: Annotated[
+        str | None, typer.Option(metavar="SET", help="Published figures beside it. Default: by the annotations' name.")
+    ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="A Markdown table on stdout.")] = False,
     json: Json = False,
 ) -> None:
@@ -63,6 +70,8 @@ def summarize(
             split_count=splits,
             split_seed=split_seed,
             seeds=seeds,
+            measure=measure,
+            published=published,
             config=dr_dsn.Config(epochs=epochs),
             progress=show,
         )

@@ -104,6 +104,39 @@ def test_refuses_to_mix_two_sets(tmp_path: Path, change: dict) -> None:
     assert contents(tmp_path) == before
 
 
+def test_a_long_video_is_noise_but_for_its_event(tmp_path: Path) -> None:
+    """The shape is seen and its notes are heard within the event and nowhere else; it may lie anywhere."""
+    chosen = demo_set.causes(8, 4, seconds=8, long=True)
+    assert {c.seconds for c in demo_set.causes(1, 0, long=True)} == {20}
+    begins = []
+    for cause in chosen:
+        begin, end = cause.event
+        assert 0 <= begin < end <= 8 and 2 <= end - begin <= 3
+        assert cause.events[0] <= begin and cause.events[-1] > end >= cause.events[-2]
+        begins.append(begin)
+    assert np.ptp(begins) > 2
+    for cause in chosen[:8:3]:
+        begin, end = cause.event
+        frames, wave = demo_set.sight(cause), demo_set.sound(cause).astype(np.float64)
+        assert frames.shape == (128, 128, 160, 3) and wave.shape == (8 * RATE,)
+        t = np.arange(128) / FPS
+        inside = (t >= begin) & (t < end)
+        coloured = (np.ptp(frames.astype(np.int16), axis=3) > 70).mean((1, 2))  # the ground is nearly grey
+        assert coloured[inside].min() > 0.005 > coloured[~inside].max()
+        power = (wave**2).reshape(-1, RATE // 100).mean(1)
+        s = (np.arange(800) + 0.5) / 100
+        heard = (s > begin + 0.05) & (s < end - 0.05)
+        quiet = (s < begin - 0.05) | (s > end + 0.05)
+        assert power[heard].mean() > 4 * power[quiet].mean() and power[quiet].max() < power[heard].max() / 4
+    paths = demo_set.generate(tmp_path, train=1, test=0, seconds=5, workers=1, long=True)
+    frames, wave = decode(paths[0])
+    assert len(frames) == 80 and 5 * RATE <= wave.size < 5 * RATE + 1024
+    with pytest.raises(errors.ConflictError, match="not a clip of this demo set"):  # nor of the short one's
+        demo_set.generate(tmp_path, train=1, test=0, seconds=5, workers=1)
+    with pytest.raises(errors.UsageError, match="clips of 4 s"):
+        demo_set.causes(1, 0, seconds=4, long=True)
+
+
 def test_refuses_a_folder_of_something_else(tmp_path: Path) -> None:
     (tmp_path / "holiday.mp4").write_bytes(b"not made here")
     with pytest.raises(errors.ConflictError, match="holiday"):

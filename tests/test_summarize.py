@@ -6,6 +6,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from scipy.io import savemat
 
 from avstore.errors import ConflictError, CorruptError, NotFoundError, UsageError
 from benchmarks import dr_dsn
@@ -127,6 +128,21 @@ def test_the_table_has_its_controls_and_refuses_what_does_not_fit():
     assert rows["people, each against the others"]["F"] > 0.8 > rows["random (2 draws)"]["F"] + 0.3
     assert seen[-1][1] == seen[-1][2] == 13
     json.dumps(table.to_json())
+    # 5 splits x 2 seeds against each control; the note says what tau is of
+    told = [n for n in table.notes if n.startswith("F: DR-DSN on noise - ")]
+    assert [t.split(" - ")[1].split(":")[0] for t in told] == ["random", "uniform"]
+    assert all("over 10 splits and seeds" in t for t in told)
+    seen_f, even = rows["DR-DSN on noise"]["values"], rows["random (2 draws)"]["values"]
+    mean = np.mean(seen_f) - np.mean(even)
+    assert f"noise - random: {mean:+.3f}" in told[0] and any(n.startswith("tau: DR-DSN on noise") for n in table.notes)
+    assert any("each person's scores at the picks" in n for n in table.notes)
+    two = summarize(toys, {"noise": given, "same": given}, splits=random_splits(list(toys.videos), 2), random_draws=1,
+                    config=config)  # fmt: skip
+    assert any(n.startswith("F: DR-DSN on noise - DR-DSN on same: +0.000") for n in two.notes)
+    one = summarize(toys, {"noise": given}, split_count=1, random_draws=1, config=config)
+    assert any("no paired test" in n for n in one.notes)
+    with pytest.raises(UsageError, match="0 seeds"):
+        summarize(toys, {"noise": given}, seeds=0)
     with pytest.raises(UsageError, match="features of video_"):
         summarize(toys, {"noise": {n: x[:39] for n, x in given.items()}})
 
@@ -143,6 +159,22 @@ def test_rewards_by_hand():
     assert float(dr_dsn.representativeness(x, chosen)) == 1.0
     assert float(dr_dsn.reward(x, chosen)) == 1.0
     assert float(dr_dsn.reward(x, torch.zeros(3, dtype=torch.bool))) == 0.0
+
+
+def test_the_loss_by_hand():
+    """penalty (mean p - share)^2 less the sum, not the mean, over episodes of mean log P times the advantage."""
+    p = torch.tensor([0.5, 0.25], dtype=torch.float64, requires_grad=True)
+    episodes = [(torch.tensor([True, False]), 0.7), (torch.tensor([False, False]), 0.1)]
+    got = dr_dsn.loss(p, episodes, 0.3, share=0.5, penalty=0.01)
+    first, second = (np.log(0.5) + np.log(0.75)) / 2, (np.log(0.5) + np.log(0.75)) / 2
+    assert got.item() == pytest.approx(0.01 * (0.375 - 0.5) ** 2 - first * 0.4 - second * (0.1 - 0.3))
+    got.backward()
+    # d/dp of log p is 1 / p where chosen, - 1 / (1 - p) where not; half of each, for two frames
+    slope = 2 * 0.01 * (0.375 - 0.5) / 2
+    by_hand = [slope - 0.4 / (2 * 0.5) + 0.2 * (-1 / (2 * 0.5)), slope + 0.4 / (2 * 0.75) - 0.2 / (2 * 0.75)]
+    assert p.grad.tolist() == pytest.approx(by_hand)
+    twice = dr_dsn.loss(p.detach(), episodes * 2, 0.3, penalty=0.0)
+    assert float(twice) == pytest.approx(2 * float(dr_dsn.loss(p.detach(), episodes, 0.3, penalty=0.0)))
 
 
 def test_a_summariser_raises_its_reward_and_repeats_itself():
@@ -183,6 +215,83 @@ def test_the_shared_layout_is_read_and_what_is_not_it_is_named(tmp_path):
         read(tmp_path)
 
 
+def layout(path, names=("video_1",), **attributes):
+    """A file of the shared layout; two people want the first and last tenth of 300 frames."""
+    rng = np.random.default_rng(0)
+    with h5py.File(path, "w") as f:
+        f.attrs.update(attributes)
+        for name in names:
+            g = f.create_group(name)
+            g["features"], g["picks"] = rng.normal(size=(20, 4)).astype(np.float32), np.arange(0, 300, 15)
+            g["n_frames"] = 300
+            g["change_points"] = np.stack([np.arange(0, 300, 30), np.arange(0, 300, 30) + 29], 1)
+            users = np.zeros((2, 300), np.float32)
+            users[0, :30] = users[1, 270:] = 1
+            g["user_summary"] = users
+    return path
+
+
+def test_the_measure_is_said_not_guessed(tmp_path):
+    """A file of any name is scored as its attributes say, or as it is asked; where neither does, not at all."""
+    names = ("video_1", "video_2")
+    silent = read(layout(tmp_path / "eccv16_dataset_tvsum_google_pool5.h5", names))
+    assert silent.measure is None and silent.name == "eccv16_dataset_tvsum_google_pool5"
+    with pytest.raises(UsageError, match="does not say how") as refused:
+        summarize(silent, random_draws=1)
+    assert "--measure" in refused.value.next
+    best, mean = (summarize(silent, random_draws=1, measure=m) for m in ("best", "mean"))
+    assert [t.rows[0]["F"] for t in (best, mean)] != [mean.rows[0]["F"]] * 2
+    persons = [t.rows[2]["F"] for t in (best, mean)]
+    assert persons == [0, 0] and "the best over people" in best.notes[0] and "the mean over people" in mean.notes[0]
+    assert "each person's summary, 0 or 1" in best.notes[0]  # what tau and rho are of
+    said = read(layout(tmp_path / "mine.h5", names, set="TVSum", measure="mean"))
+    assert (said.name, said.measure) == ("TVSum", "mean")
+    table = summarize(said, random_draws=1)
+    theirs = [r for r in table.rows if r["scores"].startswith("published")]
+    assert [(r["tau"], r["rho"]) for r in theirs] == [(0.177, 0.204)]
+    with pytest.raises(UsageError, match="did you mean best"):
+        summarize(said, measure="bets")
+    with pytest.raises(CorruptError, match="measure"):
+        read(layout(tmp_path / "odd.h5", names, measure="median"))
+
+
+def test_published_figures_stand_beside_their_set(tmp_path):
+    names = ("video_1", "video_2")
+    summe = read(layout(tmp_path / "eccv16_dataset_summe_google_pool5.h5", names))
+    rows = {r["scores"]: r for r in summarize(summe, random_draws=1, measure="best").rows}
+    assert rows["published: DSNet anchor-free, supervised, ibid."]["F"] == 0.512
+    assert rows["published: DR-DSN, as printed in Lavania et al. Table 2"]["F"] == 0.414
+    assert rows["published: CA-SUM, its best split, ibid."]["F"] == 0.525
+    other = read(layout(tmp_path / "mine.h5", names, measure="best"))
+    assert not any("published" in r["scores"] for r in summarize(other, random_draws=1).rows)
+    asked = summarize(other, random_draws=1, published="SumMe").rows
+    assert sum("published" in r["scores"] for r in asked) == 9
+    with pytest.raises(UsageError, match="no published"):
+        summarize(other, published="SumME")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[1, 2]", '{"Air_Force_One": {"segment": [0]}}', '{"Air_Force_One": {"summary": "abc"}}',
+     '{"Air_Force_One": {"summary": [0, 1, 0.5]}}', '{"Air_Force_One": 7}'],
+)  # fmt: skip
+def test_a_damaged_summary_beside_summe_is_named(tmp_path, text):
+    (tmp_path / "GT").mkdir()
+    savemat(tmp_path / "GT" / "Air_Force_One.mat", {"user_score": np.eye(40, 3), "FPS": 25.0})
+    assert len(read(tmp_path).videos["Air_Force_One"].segments) == 1  # without the file: two seconds each
+    file = tmp_path / "example_summary_and_segments.json"
+    file.write_text(json.dumps({"Air_Force_One": {"summary": [1] * 40, "segment": [0, 20]}}))
+    video = read(tmp_path).videos["Air_Force_One"]
+    assert video.machine.all() and video.segments.tolist() == [[0, 19], [20, 39]] and not video.graded
+    file.write_text(text)
+    with pytest.raises(CorruptError, match="example_summary_and_segments") as damaged:
+        read(tmp_path)
+    assert damaged.value.next
+    file.write_text('{"Air_Force_One": {"summary": [0, 1]}}')
+    with pytest.raises(CorruptError, match="2 frames for a video of 40"):
+        read(tmp_path)
+
+
 def test_on_the_command_line(tmp_path, capsys):
     file, rng = tmp_path / "eccv16_toy.h5", np.random.default_rng(0)
     with h5py.File(file, "w") as f:
@@ -194,7 +303,13 @@ def test_on_the_command_line(tmp_path, capsys):
             g["user_summary"] = (rng.random((3, 300)) < 0.15).astype(np.float32)
     from cli.main import invoke
 
-    assert invoke(["bench", "summarize", str(file), "--splits", "2", "--epochs", "1", "--json"]) == 0
+    asked = ["bench", "summarize", str(file), "--splits", "2", "--epochs", "1", "--json"]
+    assert invoke(asked) == 2
+    assert "--measure best" in capsys.readouterr().err
+    assert invoke([*asked, "--measure", "mean", "--published", "SumMe"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert len(rows) == 13
+    assert invoke([*asked, "--measure", "mean"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert next(r["scores"] for r in rows) == "DR-DSN on eccv16_toy" and len(rows) == 4
     assert invoke(["bench", "summarize", str(tmp_path / "none")]) == 4

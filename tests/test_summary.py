@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import Bounds, LinearConstraint, milp
+from sklearn.metrics import f1_score
 
 from avstore.errors import UsageError
 from benchmarks.summary import (
@@ -79,6 +80,17 @@ def test_f_of_identical_disjoint_and_half_summaries():
         f_score(np.full(6, 0.5), a)
     with pytest.raises(UsageError, match="one video"):
         f_score(a, a[:3])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=40))
+def test_f_is_that_of_scikit_learn(frames):
+    a, b = (np.array(x, bool) for x in zip(*frames, strict=True))
+    assert f_score(a, b) == pytest.approx(f1_score(b, a, zero_division=0))
+    assert f_score(a, b) == f_score(b, a)
+    assert agreement(a, np.array([b, ~b])).mean == pytest.approx(
+        (f1_score(b, a, zero_division=0) + f1_score(~b, a, zero_division=0)) / 2
+    )
 
 
 def test_rank_correlations_of_orders():
