@@ -20,7 +20,7 @@ COMPUTED = {232_000: "computed: 0.3-0.6 s on an H200", 1_780_000: "computed: 17-
 
 
 def bank_of(n: int, device: str) -> Tensor:
-    """float32 (n, 2, 128), unit rows: clusters shared by sight and sound, and noise of their own (bank.md's
+    """float32 (n, 2, 128), unit rows: clusters shared by sight and sound, and noise of their own (`bench step`'s
     `correlated`)."""
     torch.manual_seed(0)
     out = torch.empty(n, 2, DIM, device=device)

@@ -52,7 +52,7 @@ class Config:
     positives: int = 32  # [S0] section 5, |P_i|
     agreement: Literal["consensus", "union", "video", "audio"] = "consensus"  # [C] min of the two similarities
     refresh_epochs: int = 5  # [C] Kinetics; 10 on AudioSet
-    engine: Literal["auto", "faiss", "torch"] = "auto"  # [ours] candidates of the mining; auto: by rows; exact with each
+    engine: Literal["auto", "faiss", "torch"] = "auto"  # [ours] of the mining; auto: by rows; exact with each
     weight_cross_instance: float = 0.5  # [C] L_AVID; [S0] 1 (see loss_scale)
     weight_within_instance: float = 0.0  # [C] off
     weight_cross_positive: float = 0.0  # [C] off

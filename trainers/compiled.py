@@ -4,8 +4,8 @@
 
 What is compiled is each network's `forward_blocks`: convolutions, norms and sums, where the time is. All around it
 (heads, bank, losses, `after_step`) stays plain Python, so that every method works as it does without, and checkpoints
-know nothing of it. Numbers differ in the last bits, so `compile` belongs to what a run is; a resumed run compiles again.
-A short last batch compiles once more, for its own shape.
+know nothing of it. Numbers differ in the last bits, so `compile` belongs to what a run is; a resumed run compiles
+again. A short last batch compiles once more, for its own shape.
 """
 
 from __future__ import annotations

@@ -258,7 +258,9 @@ class RunConfig:
         later = LATER | LATER_OF.get(self.name, {})
         kept = {k: v for k, v in self.values().items() if k not in FREE and not (k in later and v == later[k])}
         for key, names in FORMER.items():
-            kept |= {key: before for before, now in names.items() if kept.get(key) == now}
+            before = {now: value for value, now in names.items()}
+            if kept.get(key) in before:
+                kept[key] = before[kept[key]]
         return hashlib.sha256(canonical_json({"method": self.name, "values": kept})).hexdigest()[:16]
 
     @classmethod

@@ -375,7 +375,7 @@ def why_not_coded(store: Store, needs: Needs) -> str | None:
         return f"the frames of {store.path} are stored {store.spec.codec}"
     scale = scale_of(store.spec.height, needs.size)
     if scale > 1:
-        return f"frames of {store.spec.height} lines are read at 1/{scale} of their size, only the CPU's decoder does that"
+        return f"frames of {store.spec.height} lines are read at 1/{scale} of their size: only the CPU's decoder can"
     return None
 
 
