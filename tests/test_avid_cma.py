@@ -219,6 +219,24 @@ def test_state_is_plain_tensors_and_resumes_to_the_bit():
         AvidCma(replace(SMALL, positives=4), 20).load_method_state(state)
 
 
+# Ten SGD steps in float64 over three epochs, mined again in the third.
+TRACE = [3.256069, 2.97541, 3.194557, 3.09083, 3.369487, 3.379087, 3.628544, 3.580286, 3.381093, 3.936291]
+
+
+def ten(rate=0.01):
+    from method_runs import trace, views_batch  # which imports this file
+
+    same = {"dtype": torch.float64, "rich": True}
+    batches = [views_batch(torch.arange(6) + n, 1, seed=n, epoch=n // 4, **same) for n in range(10)]
+    return trace(started(replace(SMALL, **CALM)).double(), batches, rate)
+
+
+def test_ten_losses_of_a_fixed_seed():
+    one = ten()
+    assert one == ten(), "the same to the bit"
+    assert one == pytest.approx(TRACE, abs=1e-4)
+
+
 def test_loss_falls_within_ten_steps_towards_a_planted_memory():
     """The memory is held: pairs of rows at one point, so that each finds its planted partner as its positive."""
     method = AvidCma(replace(SMALL, positives=1), 8)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from method_runs import exact, goes_on_to_the_bit, trace, two_equal_one, views_batch
+from method_runs import goes_on_to_the_bit, trace, two_equal_one, views_batch
 from tiny_run import store_in
 from torch.nn import functional as F
 
@@ -179,16 +179,18 @@ def test_every_relaxation_is_cut_as_fig_2_says(relaxation: str, loose: bool) -> 
         assert len(set(gap_a.tolist())) > 40
 
 
-TRACE = [
-    0.020667, -0.027033, 0.037183, -0.022408, -0.09551, 0.064244, -0.023455, 0.012276, -0.011455, -0.080381,
-]  # fmt: skip
+TRACE = [-0.006657, -0.016662, 0.015098, -0.011702, 0.050591, -0.072981, -0.047647, -0.010448, 0.017322, 0.005476]
+
+
+def ten(rate: float = 0.001) -> list[float]:
+    batches = [views_batch(torch.arange(6) + n, 2, seed=n, dtype=torch.float64, rich=True) for n in range(10)]
+    return trace(CrissCross(SMALL, 20).double(), batches, rate)
 
 
 def test_ten_losses_of_a_fixed_seed() -> None:
-    batches = [views_batch(torch.arange(6) + n, 2, seed=n) for n in range(10)]
-    one, two = (trace(CrissCross(SMALL, 20).double(), [exact(b) for b in batches]) for _ in range(2))
-    assert one == two, "the same to the bit"
-    assert one[:6] == pytest.approx(TRACE[:6], abs=1e-4)  # then rounding has grown: another machine's differs
+    one = ten()
+    assert one == ten(), "the same to the bit"
+    assert one == pytest.approx(TRACE, abs=1e-4)
 
 
 def test_loss_falls_on_a_fixed_batch_without_collapse() -> None:
