@@ -9,7 +9,7 @@ L = ReLU(sum_c w_c A_c), linearly enlarged over the clip, divided by its maximum
 L = ReLU(sum_c ds/dA_c A_c) place by place (HiResCAM, Draelos and Carin 2020): behind a maximum over places, as in AVID,
 that is where the maxima were. Both show what speaks for the match of sight and sound; where nothing does, L is zero.
 
-Not here: class activation maps of a fine-tuned head, and the page of it all (`explain_page.py`).
+Not here: class activation maps of a fine-tuned head (`head.py`), and the page of it all (`explain_page.py`).
 """
 
 # legend: B clips, C channels, T frames, H x W pixels, F spectrogram frames, M bins
@@ -51,7 +51,8 @@ Embed = Callable[[Tensor, Tensor], dict[str, Tensor]]
 @dataclass(frozen=True, eq=False)
 class Saliency:
     """One clip of one run. frames: uint8 (T, H, W, 3), what the network got; sight: float32 (T, H, W) in [0, 1];
-    rows: float32 (F, M), the normalised spectrogram; sound: float32 (F, M) in [0, 1]; cosine of v and a."""
+    rows: float32 (F, M), the normalised spectrogram; sound: float32 (F, M) in [0, 1]; cosine of v and a, or the class'
+    probability, and then `told` says so. Empty arrays where a network takes no pictures, or no sound."""
 
     run: str
     video: int
@@ -61,6 +62,7 @@ class Saliency:
     sight: np.ndarray
     rows: np.ndarray
     sound: np.ndarray
+    told: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -239,16 +241,17 @@ def overlaid(base: np.ndarray, heat: np.ndarray) -> np.ndarray:
 
 def strip(found: Saliency, overlay: bool) -> np.ndarray:
     """uint8 (TILE, width, 3): FRAMES frames of the clip and its spectrogram, low notes below, with or without maps."""
-    at = np.unique(np.linspace(0, len(found.frames) - 1, FRAMES).round().astype(int))
-    frames = found.frames[at]
-    low, high = np.percentile(found.rows, [5, 99.5])
-    grey = np.rint(np.clip((found.rows.T[::-1] - low) / max(high - low, 1e-6), 0, 1) * 255).astype(np.uint8)
-    heard = np.repeat(grey[..., None], 3, axis=-1)
-    if overlay:
-        frames, heard = overlaid(frames, found.sight[at]), overlaid(heard, found.sound.T[::-1])
-    gap = np.full((TILE, 4, 3), 255, np.uint8)
-    parts = [x for f in frames for x in (_resized(f, TILE, TILE), gap)]
-    return np.concatenate([*parts, gap, _resized(heard, TILE, 2 * TILE)], axis=1)
+    gap, parts = np.full((TILE, 4, 3), 255, np.uint8), []
+    if len(found.frames):
+        at = np.unique(np.linspace(0, len(found.frames) - 1, FRAMES).round().astype(int))
+        frames = overlaid(found.frames[at], found.sight[at]) if overlay else found.frames[at]
+        parts += [x for f in frames for x in (_resized(f, TILE, TILE), gap)]
+    if found.rows.size:
+        low, high = np.percentile(found.rows, [5, 99.5])
+        grey = np.rint(np.clip((found.rows.T[::-1] - low) / max(high - low, 1e-6), 0, 1) * 255).astype(np.uint8)
+        heard = np.repeat(grey[..., None], 3, axis=-1)
+        parts += [gap, _resized(overlaid(heard, found.sound.T[::-1]) if overlay else heard, TILE, 2 * TILE)]
+    return np.concatenate(parts, axis=1)
 
 
 def saliency_picture(of_runs: Sequence[Saliency]) -> np.ndarray:

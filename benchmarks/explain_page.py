@@ -1,6 +1,7 @@
 """What `avstore explain` writes: a folder of pictures, Parquet and one page of it all.
 
     explain.html                      all of it in one file
+    class-000331.png                  one clip: the class activation maps of fine-tuned networks
     saliency-000331.png               one clip: for each run what its network got, and the maps over it
     map-<run>.svg, cosines-<run>.svg  the 2-D projection of each run, and the histogram of its cosines
     map.parquet                       its points: run, number, key, label, modality, x, y, cosine
@@ -10,6 +11,7 @@ Not here: how maps are computed (`explain.py`).
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,8 +21,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from avstore.durable import machine_errors, write_atomic
-from avstore.errors import NotFoundError, UsageError
+from avstore.errors import AvstoreError, NotFoundError, UsageError
 from benchmarks import page
+from benchmarks.budget import Budget
 from benchmarks.card import png, uri
 from benchmarks.chart import COLOURS, Dots, histogram, scatter, standalone
 from benchmarks.explain import (
@@ -32,10 +35,14 @@ from benchmarks.explain import (
     saliency_picture,
     write_parquet,
 )
+from benchmarks.head import Head, class_saliency, read_head
 from benchmarks.sheet import draw
 from benchmarks.table import Table
+from benchmarks.tuning import Classifier
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from avstore.store import Store
     from trainers.run import Run
 
@@ -56,6 +63,8 @@ def explain(
     folder: Path,
     *,
     numbers: np.ndarray,
+    heads: Sequence[Path] = (),
+    of_class: str | None = None,
     videos: Sequence[int] = (),
     second: int | None = None,
     count: int = 4,
@@ -70,9 +79,18 @@ def explain(
     progress: Progress = lambda stage, done, total: None,
 ) -> Written:
     """Writes the folder. numbers: the selection; videos: those whose maps are drawn (default: `count` of the selection,
-    class by class); second: of each (default: its middle); points: videos in the map of features, 0 for none."""
-    if not runs:
+    class by class); second: of each (default: its middle); points: videos in the map of features, 0 for none.
+
+    heads: fine-tuned networks (`head.py`) whose class activation maps are drawn, of `of_class` or each video's own
+    class; their runs are those noted in the files, or the one of the same name among `runs`. With heads alone there are
+    no similarity maps."""
+    if not runs and not heads:
         raise UsageError("no run is named", "maps are of a run's networks", "--run runs/avid-cma; repeatable")
+    if of_class is not None and not heads:
+        raise UsageError(f"class {of_class!r} without a classifier", "classes are a fine-tuned network's",
+                         "avstore bench finetune --keep, then --head FILE")  # fmt: skip
+    points = points if runs else 0
+    tuned = [read_head(h, next((r for r in runs if r.name == Path(_noted(h)).name), None)) for h in heads]
     if len({r.name for r in runs}) < len(runs):
         raise UsageError("two runs of one name", ", ".join(str(r.path) for r in runs), "rename a folder")
     if count < 0 or points < 0:
@@ -100,13 +118,10 @@ def explain(
         files.append(file)
         figures.append(page.picture(uri(data, "image/png"), _caption(store, of_runs, label)))
     if figures:
-        note = (
-            f"Gradient of the cosine of sight and sound with respect to {block}, times its activation ({form}), over "
-            f"the clip. Two lines of each run ({', '.join(r.name for r in runs)}): what the network got, and the map "
-            "on it, bright where it speaks for the match. Frames left, spectrogram right: time runs to the right, low "
-            "notes are below."
-        )
+        note = _told(block, form, [r.name for r in runs])
         parts.append(page.section("Saliency", f'<div class="pictures">{"".join(figures)}</div>', note))
+    if tuned and pairs:
+        parts.append(_classes(folder, store, tuned, pairs, of_class, form, device, label, files))
     maps: list[FeatureMap] = []
     if points:
         some = np.sort(both[draw(labels, points, seed)])
@@ -119,10 +134,120 @@ def explain(
     table = cosines(maps)
     if maps:
         parts.append(page.section("Cosines", page.table(table)))
-    names = " and ".join(r.name for r in runs)
-    text = page.page(f"What {names} look{'s' if len(runs) == 1 else ''} at", f"On {store.path.name}.", parts, menu=True)
+    named = list(dict.fromkeys([*(r.name for r in runs), *(r.name for _, _, r in tuned)]))
+    names = " and ".join(named)
+    title = f"What {names} look{'s' if len(named) == 1 else ''} at"
+    text = page.page(title, f"On {store.path.name}.", parts, menu=True)
     write_atomic(folder / "explain.html", text.encode())
     return Written([folder / "explain.html", *files], table)
+
+
+def _noted(head: Path) -> str:
+    """The run's folder that a head's file names; "" where it cannot be read (reading it whole says why)."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(head, "pt") as file:
+            return str(json.loads((file.metadata() or {})["avstore-head"])["run"])
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        return ""
+
+
+def _classes(
+    folder: Path,
+    store: Store,
+    tuned: Sequence[tuple[Classifier, Head, Run]],
+    pairs: Sequence[tuple[int, int]],
+    name: str | None,
+    form: str,
+    device: str,
+    label: str,
+    files: list[Path],
+) -> str:
+    """The section of class activation maps; its pictures go into `folder` and `files`."""
+    found = [
+        class_saliency(net, about, run, store, pairs, name=name, form=form, device=device)
+        for net, about, run in tuned
+    ]
+    figures = []
+    for of_heads in zip(*found, strict=True):
+        data = png(saliency_picture(of_heads))
+        files.append(folder / f"class-{of_heads[0].video:06d}.png")
+        write_atomic(files[-1], data)
+        key, named = store.key(of_heads[0].video), _labels(store, np.array([of_heads[0].video]), label)[0]
+        told = "; ".join(s.told for s in of_heads)
+        caption = f"{key}{f' ({named})' if named else ''}, second {of_heads[0].second}. {told}"
+        figures.append(page.picture(uri(data, "image/png"), caption))
+    whose = ", ".join(f"{r.name} ({a.part}, seed {a.seed}, {a.recipe.preset})" for _, a, r in tuned)
+    whom = name if name is not None else "the video's own class"
+    note = (
+        f"Class activation maps of fine-tuned networks: {whose}. Gradient of the score of "
+        f"{whom} with respect to conv5x, times its activation ({form}): "
+        "bright where it speaks for the class. Two lines of each: what the network got, and the map on it."
+    )
+    return page.section("Class activation", f'<div class="pictures">{"".join(figures)}</div>', note)
+
+
+def saliency_section(
+    store: Store,
+    runs: Sequence[Run],
+    numbers: np.ndarray,
+    count: int,
+    budget: Budget,
+    *,
+    block: str = "conv4x",
+    form: str = "grad-cam",
+    label: str = "label",
+    seed: int = 0,
+    device: str = "auto",
+) -> str:
+    """A section with maps of `count` clips of `numbers`, class by class, by each run; "" without any. What cannot be
+    shown, or not in time, is noted in `budget` with the command that makes it."""
+    names = " ".join(f"--run {r.path}" for r in runs)
+    command = f"avstore explain {store.path} {names} --count {count} --points 0 -o explain"
+    both = numbers[store.has_picture[numbers] & store.has_sound[numbers]]
+    if not len(both):
+        budget.leave("saliency", "no video has picture and sound", command)
+        return ""
+    chosen = [int(both[i]) for i in draw(_labels(store, both, label), count, seed).tolist()]
+    able: list[tuple[Run, nn.Module]] = []
+    if budget.allows():
+        for run in runs:
+            try:
+                able.append((run, run.load("latest")))
+            except AvstoreError as e:
+                budget.leave(f"saliency of {run.name}", e.what, e.next)
+    figures: list[str] = []
+    cost = 0.0
+    for i, number in enumerate(chosen):
+        if not budget.allows(cost):
+            budget.leave(f"saliency of {len(chosen) - i} clips", f"it would take longer than {budget.seconds:g} s",
+                         command)  # fmt: skip
+            break
+        began, found = budget.spent, []
+        for run, method in list(able):
+            try:
+                pair = (number, int(float(store.seconds(number)) / 2))
+                found += saliency(run, store, [pair], block=block, form=form, device=device, method=method)
+            except AvstoreError as e:  # once: a run that has no such map has none of the next clip
+                able.remove((run, method))
+                budget.leave(f"saliency of {run.name}", e.what, e.why)
+        cost = budget.spent - began
+        if found:
+            data = png(saliency_picture(found))
+            figures.append(page.picture(uri(data, "image/png"), _caption(store, found, label)))
+    if not figures:
+        return ""
+    body = f'<div class="pictures">{"".join(figures)}</div>'
+    return page.section("Saliency", body, _told(block, form, [r.name for r, _ in able]))
+
+
+def _told(block: str, form: str, names: Sequence[str]) -> str:
+    return (
+        f"Gradient of the cosine of sight and sound with respect to {block}, times its activation ({form}), over "
+        f"the clip. Two lines of each run ({', '.join(names)}): what the network got, and the map on it, bright where "
+        "it speaks for the match. Frames left, spectrogram right: time runs to the right, low notes are below."
+    )
 
 
 def cosines(maps: Sequence[FeatureMap]) -> Table:

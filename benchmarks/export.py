@@ -31,6 +31,7 @@ from benchmarks.kts import change_points, segments_of
 
 if TYPE_CHECKING:
     from avstore.store import Store
+    from trainers.run import Run
 
 WRONG_FILM = 0.01  # share of frames by which a video may differ from what its annotations say
 Progress = Callable[[int, int], None]
@@ -153,10 +154,11 @@ def export_eccv16(
     store: Store,
     path: str | os.PathLike[str],
     run: str | None = None,
-    tower: str = "video",
+    tower: str | Sequence[str] = "video",
     numbers: NDArray[np.integer] | None = None,
     *,
     annotations: Annotations | None = None,
+    trained: Run | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Exported:
@@ -169,13 +171,28 @@ def export_eccv16(
     float32 (U, n_frames), user_scores, gtscore and gtsummary; picks, n_frames and segments are then those of the
     annotations, and a file whose frames differ from them by more than 1 % is a ConflictError: the wrong film.
 
-    Videos without a row of this tower are left out and named. run: default the only one. NotFoundError where the run
-    has no such tower or no video has rows.
+    tower: several are put side by side, each of unit length, over the root of their number; `joint` is the tower of
+    that name where the run has one, else the outputs of the model over snippets of the run `trained` (`joint.py`).
+    Videos without a row of each tower are left out and named. run: default the only one. NotFoundError where the run
+    has no such tower or no video has rows, UsageError for a tower that is named twice.
     """
     name = choose_run(store, run)
     chosen = _numbers(store, numbers)
-    rows = read_rows(store, name, tower)
-    lineage = _lineage(store, name, tower)
+    towers = [tower] if isinstance(tower, str) else list(tower)
+    if not towers or len(set(towers)) < len(towers):
+        raise UsageError(f"towers {', '.join(towers) or 'none'}", "each once, one at least", "--tower video")
+    tower = " + ".join(towers)
+    each = []
+    for t in towers:
+        if t == "joint" and trained is not None and t not in embedded_runs(store)[name]:
+            from benchmarks.joint import joint_rows
+
+            each.append(joint_rows(store, name, trained, chosen))
+        else:
+            each.append(read_rows(store, name, t))
+    rows = each[0] if len(each) == 1 else _side_by_side(each)
+    first = next((t for t in towers if t in embedded_runs(store)[name]), embedded_runs(store)[name][0])
+    lineage = {**_lineage(store, name, first), "towers": towers}
     every = int(lineage.get("every", 1))
     todo = _matched(store, chosen, annotations)
     left_out: list[tuple[str, str]] = []
@@ -183,6 +200,10 @@ def export_eccv16(
     total = 0
     with writing(path, force) as file:
         file.attrs["avstore"] = json.dumps({"store": store.fingerprint, "layout": "eccv16", **lineage})
+        if annotations is not None:  # how its summaries are scored does not hang on what the file is called
+            file.attrs["set"] = annotations.name
+            if annotations.measure is not None:
+                file.attrs["measure"] = annotations.measure
         for done, (number, said) in enumerate(todo):
             if progress is not None:
                 progress(done, len(todo))
@@ -231,6 +252,16 @@ def export_eccv16(
     return Exported(str(path), groups, len(groups), total, left_out)
 
 
+def _side_by_side(each: Sequence[NDArray[np.floating]]) -> NDArray[np.float32]:
+    """(S, D1 + D2 + ...): rows of unit length, together of unit length; NaN where one of them is not there."""
+    rows = min(len(x) for x in each)
+    parts = [x[:rows].astype(np.float32) for x in each]
+    unit = [x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in parts]
+    out: NDArray[np.float32] = (np.concatenate(unit, axis=1) / np.sqrt(len(unit))).astype(np.float32)
+    out[~np.isfinite(out).all(1)] = np.nan
+    return out
+
+
 def _matched(
     store: Store, chosen: NDArray[np.int64], annotations: Annotations | None
 ) -> list[tuple[int, Annotated | None]]:
@@ -270,7 +301,8 @@ def _segments(
 
 def _people(group: Any, said: Annotated) -> None:
     group["user_summary"] = said.people.astype(np.float32)
-    group["user_scores"] = said.scores
+    if said.graded:
+        group["user_scores"] = said.scores
     mean = said.scores.mean(0)
     at = mean[said.picks]
     group["gtscore"] = ((at - at.min()) / (np.ptp(at) or 1.0)).astype(np.float32)

@@ -44,7 +44,7 @@ nav{display:flex;flex-wrap:wrap;gap:.3rem 1rem;margin-top:1rem;font-size:.9rem}
 a{color:var(--accent);text-decoration:none}a:hover{text-decoration:underline}
 .tiles{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(132px,100%),1fr));gap:10px;margin-top:14px}
 .tile{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:10px 12px}
-.tile b{display:block;font-size:1.25rem;line-height:1.25;letter-spacing:-.01em;font-variant-numeric:tabular-nums;
+.tile b{display:block;font-size:1.12rem;line-height:1.25;letter-spacing:-.01em;font-variant-numeric:tabular-nums;
 overflow-wrap:anywhere}
 .tile span{color:var(--soft);font-size:.8rem}
 .cards{display:grid;gap:12px;grid-template-columns:repeat(auto-fill,minmax(min(158px,46%),1fr));margin-top:12px}
@@ -99,6 +99,14 @@ font-size:.85rem;margin-top:10px}
 .picture{display:block;max-width:100%;height:auto;border-radius:8px;border:1px solid var(--line);background:#fff}
 .pictures{display:grid;gap:14px;grid-template-columns:repeat(auto-fit,minmax(min(440px,100%),1fr));margin-top:12px}
 .pictures figure{margin:0;min-width:0}
+.timelines{display:grid;gap:14px;grid-template-columns:repeat(auto-fit,minmax(min(460px,100%),1fr));margin-top:12px}
+.timeline{background:var(--card);border:1px solid var(--line);border-radius:10px;margin:0;min-width:0;
+padding:0 12px 10px}
+.timeline figcaption{padding:9px 0 7px;font-weight:600;font-size:.88rem;overflow-wrap:anywhere}
+.timeline img,.timeline svg{display:block;width:100%}.timeline svg{height:64px;background:var(--shade);margin-top:6px}
+.timeline .curve{vector-effect:non-scaling-stroke}.kept{opacity:.28}
+.timeline i{display:inline-block;width:10px;height:10px;border-radius:3px;margin-right:5px;vertical-align:-1px}
+.ends{display:flex;justify-content:space-between;color:var(--soft);font-size:.75rem;margin-top:4px}
 details{margin-top:14px}summary,summary.note{cursor:pointer;color:var(--accent)}
 @media print{.card,.chart,.row{break-inside:avoid}.heard i{display:none}}
 """
@@ -179,7 +187,8 @@ def bars(counts: Iterable[tuple[str, int]]) -> str:
     ) + "</div>"  # fmt: skip
 
 
-CONTROLS = ("chance", "random", "raw", "pixels", "motion", "spectrogram", "uniform", "human", "published")
+CONTROLS = ("chance", "random", "raw", "pixels", "motion", "mean frame", "mean abs", "spectrogram", "commonest",
+            "scratch", "uniform", "human", "people", "published")  # fmt: skip
 
 
 def table(value: Table) -> str:

@@ -1,11 +1,12 @@
 """The report: one page about a store or a run, with everything that was measured of it.
 
-    report(store=store, runs=[run], tables=[Path("retrieval.json")])     # the page's text
+    report(store=store, runs=[run], within=60)      # the page's text
 
 In the page: a run's configuration and training curves with its wait for data, tables of results, counts, failures with
-their reasons, a contact sheet with sound, answers of retrieval. What a bench printed with `--json` comes in as a table:
-given by name, or found in RUN/benches/*.json. Pictures that other commands made (sheets and curves of summaries,
-maps of saliency) come in by name, or from RUN/pictures/. Not here: any measurement.
+their reasons, a contact sheet with sound, maps of saliency, timelines of summaries, answers of retrieval. Tables are
+those that benches kept in the store's logs (`archive.py`), those given by name (a bench's `--json`), and
+RUN/benches/*.json; further pictures come in by name, or from RUN/pictures/. Saliency and timelines run networks: they
+have a budget, and what was left out is named on the page with the command that makes it. Not here: any bench.
 """
 
 from __future__ import annotations
@@ -19,10 +20,14 @@ from typing import TYPE_CHECKING, Any
 from avstore.errors import CorruptError, NotFoundError, UsageError
 from avstore.index import embedded_runs
 from benchmarks import page
+from benchmarks.archive import archived
+from benchmarks.budget import Budget
 from benchmarks.card import Told, card, uri
 from benchmarks.chart import Curve, chart
+from benchmarks.lineage import trainers_of
 from benchmarks.sheet import draw, sheet
 from benchmarks.table import Table
+from benchmarks.timeline import Teller, timelines
 
 if TYPE_CHECKING:
     from avstore.store import Store
@@ -195,7 +200,7 @@ def about(run: Run) -> str:
         values.append(
             ("steps", f"{checkpoints[-1].step:,}" if run.finished else f"{checkpoints[-1].step:,} of {total:,}")
         )
-        values.append(("checkpoints kept", len(checkpoints)))
+        values.append(("checkpoint kept" if len(checkpoints) == 1 else "checkpoints kept", len(checkpoints)))
     asked = run.config.values()
     rows = [{"key": k, "value": as_text(v)} for k, v in asked.items()]
     listed = page.table(Table("Every key", ("key", "value"), rows))
@@ -226,6 +231,17 @@ def beside(run: Run) -> tuple[list[Path], list[Path]]:
     return sorted((run.path / "benches").glob("*.json")), pictures
 
 
+def attended(
+    store: Store, runs: Sequence[Run], budget: Budget, *, count: int, seed: int, label: str, device: str
+) -> str:
+    """Section: maps of saliency of `count` clips by each run's networks; "" without any."""
+    if not count or not runs:
+        return ""
+    from benchmarks.explain_page import saliency_section
+
+    return saliency_section(store, runs, store.numbers, count, budget, label=label, seed=seed, device=device)
+
+
 def report(
     *,
     store: Store | None,
@@ -235,26 +251,36 @@ def report(
     pictures: Sequence[Path] = (),
     count: int = 18,
     queries: int = 4,
+    saliency: int = 2,
+    summaries: int = 2,
+    within: float = 120.0,
     seed: int = 0,
     label: str = "label",
+    device: str = "auto",
 ) -> str:
     """The page about a store, about runs, or both.
 
     embedded: names of runs in the store whose retrieval is shown; None: of the runs given, else of all up to two.
-    count: videos in the contact sheet; queries: examples for each of v-v and a-a, 0 for none. UsageError without
+    count: videos in the contact sheet; queries: examples for each of v-v and a-a, 0 for none. saliency, summaries:
+    clips with maps and videos with timelines, 0 for none; within: seconds for these two together. UsageError without
     anything to tell of; NotFoundError for a file or embeddings that are named and not there.
     """
     if store is None and not runs:
         raise UsageError("a report of nothing", "neither a store nor a run is given")
+    if min(saliency, summaries) < 0:
+        raise UsageError(f"{saliency} maps of saliency, {summaries} summaries", "0 or more")
+    budget = Budget(within)
     files, shown = list(tables), list(pictures)
     for run in runs:
         found = beside(run)
         files += [f for f in found[0] if f not in files]
         shown += [f for f in found[1] if f not in shown]
     parts = [s for run in runs for s in (about(run), training(run))]
-    parts.append(benches([t for f in files for t in read_tables(f)]))
-    if store is not None:
-        parts += [counts(store), failures(store), contact(store, count, seed, label)]
+    if store is None:
+        parts.append(benches([t for f in files for t in read_tables(f)]))
+        budget.leave("store, contact sheet, saliency, summaries, retrieval", "the store is not there",
+                     f"avstore report {runs[0].path} --store STORE")  # fmt: skip
+    else:
         there = embedded_runs(store)
         names = list(embedded) if embedded is not None else [r.name for r in runs if r.name in there]
         if embedded is None and not runs:
@@ -266,11 +292,36 @@ def report(
                     f"there is: {', '.join(there) or 'none'}",
                     f"avstore embed {name} {store.path}",
                 )
+        given = [t for f in files for t in read_tables(f)]
+        for f in archived(store, [*names, *(r.name for r in runs)] if runs else None):
+            try:
+                given += read_tables(f)
+            except CorruptError as e:  # one damaged log must not cost the page
+                budget.leave(f"the table in {f}", e.what, "remove the file, and do that bench again")
+        parts.append(benches(given))
+        if not given:
+            budget.leave("tables of results", "no bench was done here", f"avstore bench retrieval {store.path}")
+        parts += [counts(store), failures(store), contact(store, count, seed, label)]
+        lookers, lost = (list(runs), []) if runs else trainers_of(store, names)
+        for name in lost if saliency else ():
+            budget.leave(f"saliency of {name}", "the folder of this run is not in runs/ or beside the store",
+                         f"avstore explain {store.path} --run RUN")  # fmt: skip
+        parts.append(attended(store, lookers, budget, count=saliency, seed=seed, label=label, device=device))
+        tellers = [Teller(r.name, r) for r in runs] or [Teller(n) for n in names]
+        parts.append(timelines(store, tellers, budget, count=summaries, seed=seed, label=label, device=device))
+        if queries and not names:
+            which = runs[0].path if runs else "RUN"
+            why = f"the store has no embeddings{f' of {runs[0].name}' if runs else ''}"
+            budget.leave("retrieval", why, f"avstore embed {which} {store.path}")
+        for name in names:
             heads = {"video", "audio"} & set(there[name])
             if queries and heads:
                 pairs = [p for p, tower in (("v-v", "video"), ("a-a", "audio")) if tower in heads]
-                parts += sheet(store, name, pairs=pairs, count=queries, seed=seed, label=label)
-    parts.append(pictured(shown))
+                try:
+                    parts += sheet(store, name, pairs=pairs, count=queries, seed=seed, label=label)
+                except NotFoundError as e:
+                    budget.leave(f"retrieval of {name}", e.what, e.next)
+    parts += [pictured(shown), budget.section()]
     title = " and ".join(r.name for r in runs) if runs else str(store.path.name) if store is not None else ""
     sub = "A report of a store" if not runs else "A report of a training run" if len(runs) == 1 else "A report of runs"
     where = f", on {store.path.name}" if runs and store is not None else ""

@@ -8,6 +8,7 @@ classifier learns, *before* the schedule, then everything; Adam; training clips 
 augmentation; batch normalisation learns throughout, as there. Test: softmax averaged over evenly spaced, centre-cropped
 clips. Preset `avcl` is S1's (clips-and-protocols.md 3).
 
+AVID's line of single clips is of 25 of each test video, apart from the 10 that are averaged (recipe.alone).
 Everything is a pure function of (weights, recipe, parts, seed) on one machine. Not here: recipes (`recipe.py`), who is
 trained on and tested, what is kept, tables (`finetune.py`).
 """
@@ -18,9 +19,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
+import pickle
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,7 +34,8 @@ from torch.nn import functional as F
 
 from avstore import draws
 from avstore.augment import SOUND_NUMBERS, VideoAugment, mask_bands, sound_gain
-from avstore.errors import AvstoreError, ConflictError, UsageError
+from avstore.durable import machine_errors, write_atomic
+from avstore.errors import AvstoreError, ConflictError, CorruptError, UsageError
 from avstore.sampler import Order, SequentialOrder
 from avstore.views import RandomView, UniformView, Views
 from avstore.windows import to_samples
@@ -69,10 +74,16 @@ def needs_for(run: Run, store: Store, recipe: Recipe) -> Needs:
             "frames that were not kept cannot be read",
             f"--fps {store.spec.fps}, or ingest into another store with --fps {recipe.fps}",
         )
+    if picture and recipe.size and recipe.size > store.spec.height:
+        raise ConflictError(
+            f"pictures of {recipe.size} pixels are asked, {store.path} has {store.spec.height}",
+            "pixels that were not kept cannot be read",
+            f"--size {store.spec.height * 7 // 8}, or ingest into another store with --profile 224",
+        )
     return Needs(
         frames=recipe.frames if picture else 0,
         fps=recipe.fps,
-        size=needs.size if picture else 0,
+        size=(recipe.size or needs.size) if picture else 0,
         seconds=needs.seconds if sound else 0.0,
         front_end=needs.front_end if sound else None,
         picture=picture,
@@ -89,9 +100,12 @@ def clips(
     device: torch.device,
     *,
     epochs: int = 1,
+    first: int = 0,
     seed: int | None = None,
+    blur: float | None = None,
 ) -> Iterator[Batch]:
-    """Batches of `epochs` epochs. seed: random windows with the run's augmentation; None: evenly spaced, centred."""
+    """Batches of `epochs` epochs, from epoch `first` on. seed: random windows with the run's augmentation (blur: its
+    chance, None: the run's); None: evenly spaced, centred."""
     loop, rate = run.config.loop, store.spec.sample_rate
     whole = bool(getattr(policy_of(run.config, rate), "whole_sound", False))
     views: Views = UniformView(order.draws, together=not whole) if seed is None else RandomView(whole_sound=whole)
@@ -101,13 +115,13 @@ def clips(
     if needs.picture:
         augment = VideoAugment(
             size=needs.size, crop=loop.crop, area=loop.crop_area, flip=loop.flip, brightness=loop.brightness,
-            contrast=loop.contrast, saturation=loop.saturation, hue=loop.hue, grey=loop.gray, blur=loop.blur,
-            cutout=loop.cutout,
+            contrast=loop.contrast, saturation=loop.saturation, hue=loop.hue, grey=loop.gray,
+            blur=loop.blur if blur is None else blur, cutout=loop.cutout,
         )  # fmt: skip
     loader = open_loader(store, numbers, needs, order, views, seed=seed or 0, threads=loop.decode_threads,
                          in_process=loop.in_process, device=device)  # fmt: skip
     with loader:
-        for raw in loader.steps(0, epochs * order.batches):
+        for raw in loader.steps(first * order.batches, epochs * order.batches):
             on = raw.tensors(device)
             video = audio = share = None
             if needs.picture:
@@ -151,6 +165,9 @@ class Classifier(nn.Module):
     def __init__(self, method: nn.Module, classes: int, recipe: Recipe, seed: int) -> None:
         super().__init__()
         self.nets = nn.ModuleDict({m: trunk(method, m) for m in ("v", "a") if m in recipe.modality})
+        if recipe.pool != "run":
+            for net in self.nets.values():
+                net.pool = recipe.pool  # type: ignore[assignment]
         self.fusion = getattr(method, "amfm", None) if recipe.modality == "av" else None
         self.hear: Any = getattr(method, "hear", None)  # its spectrogram as its sound network wants it
         width = sum(int(net.dim) for net in self.nets.values())  # type: ignore[arg-type,misc]
@@ -187,7 +204,8 @@ class Classifier(nn.Module):
 
 @dataclass(frozen=True)
 class Tuned:
-    """Shares of test videos (scores averaged over their clips) and of test clips that are right. `epoch`: after which
+    """Shares of test videos (scores averaged over their clips) and of single test clips that are right: the same ones,
+    or those of recipe.alone, after the last epoch or the one chosen. `epoch`: after which
     epoch of the schedule, from 1; `best`: the largest of all epochs on the test part, of select=best. `epochs`: loss
     and accuracy on the training clips of each epoch, warm-up first."""
 
@@ -219,18 +237,28 @@ def tune(
     scratch: bool = False,
     device: str = "auto",
     progress: Progress = lambda done, total: None,
+    keep: Callable[[Classifier], None] | None = None,
+    val: Part | None = None,
+    state: Path | None = None,
 ) -> Tuned:
     """Trains `method`'s encoders (in place) with a classifier, and tests them.
 
+    val: what select=validation chooses the epoch by; None: a tenth of each class of `train`, held out. It is not
+    trained on. state: a file that holds all that an epoch leaves to the next; where it is there, it goes on from it, to
+    the same bits, and it is gone at the end.
+
     scratch: everything learns from the first epoch on, for as many epochs: a frozen random network would waste the
-    warm-up. AvstoreError at the first loss that is not finite; UsageError where select=validation finds a class with
-    one training video only.
+    warm-up. keep: called with the network that was tested. AvstoreError at the first loss that is not finite;
+    UsageError where select=validation finds a class with one training video only, and no `val`.
     """
     began = time.monotonic()
     needs, on = needs_for(run, store, recipe), choose_device(device)
     held: Part | None = None
     if recipe.select == "validation":
-        train, held = _hold_out(store, train, seed)
+        if val is None:
+            train, held = _hold_out(store, train, seed)
+        else:
+            held = val
     net = Classifier(method, classes, recipe, seed).to(on)
     for name, x in net.nets.items():
         x.to(memory_format=torch.channels_last_3d if name == "v" else torch.channels_last)  # type: ignore[call-overload]
@@ -246,10 +274,29 @@ def tune(
     log: list[dict[str, float]] = []
     best: tuple[float, int] | None = None
     chosen: tuple[float, dict[str, Tensor], int] | None = None
-    feed = clips(run, store, train[0], needs, order, on, epochs=total, seed=seed)
+    done, before = 0, 0.0
+    there = _read_state(state, on) if state is not None else None
+    if there is not None:
+        done, before, log, best, chosen = (there[k] for k in ("done", "seconds", "log", "best", "chosen"))
+        net.load_state_dict(there["net"])
+        if done > warm and warm and not scratch:
+            optimiser = _optimiser(net.parameters(), recipe)
+        optimiser.load_state_dict(there["optimiser"])
+    feed = clips(run, store, train[0], needs, order, on, epochs=total, first=done, seed=seed, blur=recipe.blur)
     with torch.random.fork_rng(devices=[on] if on.type == "cuda" else []), contextlib.closing(feed):  # type: ignore[type-var]
         torch.manual_seed(key(seed, DROPOUT) & (2**63 - 1))  # dropout's
-        for epoch in range(total):
+        if there is not None:
+            torch.set_rng_state(there["random"])
+            if on.type == "cuda":
+                torch.cuda.set_rng_state(there["random on the device"], on)
+        for epoch in range(done, total):
+            if state is not None and epoch > done:
+                value = {"done": epoch, "seconds": before + time.monotonic() - began, "log": log, "best": best,
+                         "chosen": chosen, "net": net.state_dict(), "optimiser": optimiser.state_dict(),
+                         "random": torch.get_rng_state()}  # fmt: skip
+                if on.type == "cuda":
+                    value["random on the device"] = torch.cuda.get_rng_state(on)
+                _write_state(state, value)
             frozen = epoch < warm and not scratch
             if epoch == warm and warm and not scratch:
                 optimiser = _optimiser(net.parameters(), recipe)
@@ -263,14 +310,14 @@ def tune(
                 with autocast():
                     logits = net(batch, frozen)
                 loss = F.cross_entropy(logits, y)
-                value = float(loss.detach())
-                if not np.isfinite(value):
-                    what = f"the loss is {value} in epoch {epoch + 1}"
+                now_loss = float(loss.detach())
+                if not np.isfinite(now_loss):
+                    what = f"the loss is {now_loss} in epoch {epoch + 1}"
                     raise AvstoreError(what, f"seed {seed}, rate {recipe.rate:g}", "a smaller --rate")
                 optimiser.zero_grad(set_to_none=True)
                 loss.backward()
                 optimiser.step()
-                loss_sum, count = loss_sum + value * len(y), count + len(y)
+                loss_sum, count = loss_sum + now_loss * len(y), count + len(y)
                 right += int((logits.detach().argmax(1) == y).sum())
                 progress(epoch * order.batches + step + 1, total * order.batches)
             log.append({"loss": loss_sum / count, "accuracy": right / count})
@@ -294,7 +341,35 @@ def tune(
         video, clip = log[-1]["test"], log[-1]["test clips"]
     else:
         video, clip = _accuracy(scores(net, run, store, test[0], needs, recipe, on, autocast), test[1])
-    return Tuned(video, clip, at, best and best[0], best and best[1], tuple(log), round(time.monotonic() - began, 1))
+    if recipe.alone:
+        single = dataclasses.replace(recipe, clips=recipe.alone)
+        clip = _accuracy(scores(net, run, store, test[0], needs, single, on, autocast), test[1])[1]
+    if keep is not None:
+        keep(net)
+    seconds = round(before + time.monotonic() - began, 1)
+    if state is not None:
+        state.unlink(missing_ok=True)
+    return Tuned(video, clip, at, best and best[0], best and best[1], tuple(log), seconds)
+
+
+def _write_state(path: Path, value: dict[str, Any]) -> None:
+    data = io.BytesIO()
+    torch.save(value, data)
+    with machine_errors(path):
+        write_atomic(path, data.getvalue())
+
+
+def _read_state(path: Path, device: torch.device) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        value: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+        value |= {k: x.cpu() for k, x in value.items() if k.startswith("random")}
+        if not {"done", "net", "optimiser", "random"} <= set(value):
+            raise ValueError("it lacks what an epoch leaves to the next")
+    except (RuntimeError, EOFError, ValueError, LookupError, AttributeError, pickle.UnpicklingError) as e:
+        raise CorruptError(f"{path} is damaged", str(e), "remove it: its fine-tuning starts again") from e
+    return value
 
 
 @torch.no_grad()

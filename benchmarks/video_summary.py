@@ -78,6 +78,7 @@ def summarise(
     one: Store,
     run: Run,
     *,
+    number: int | None = None,
     checkpoint: str | int = "latest",
     towers: Sequence[str] = (),
     by: str = "dr-dsn",
@@ -85,17 +86,20 @@ def summarise(
     config: dr_dsn.Config = ALONE,
     device: str = "auto",
 ) -> VideoSummary:
-    """The summary of the one video of a store. towers: default `video`, or `audio` where it has no pictures.
+    """The summary of video `number` of a store, by default of its only one. towers: default `video`, or `audio` where
+    it has no pictures; several are joined.
 
     UsageError for unknown scores or towers and for a share outside (0, 1], NotFoundError where the video lacks what a
     tower needs.
     """
     from trainers.embed import embed_videos
 
-    if len(one) != 1:
-        raise UsageError(f"{one.path} holds {len(one)} videos", "a summary is of one")
-    number = int(one.numbers[0])
-    found = embed_videos(run.load(checkpoint), run, one, one.numbers, device=device)
+    if number is None:
+        if len(one) != 1:
+            raise UsageError(f"{one.path} holds {len(one)} videos", "a summary is of one")
+        number = int(one.numbers[0])
+    number = one[number].number
+    found = embed_videos(run.load(checkpoint), run, one, np.array([number], np.int64), device=device)
     asked = list(towers) or (["video"] if "video" in found else ["audio"])
     for tower in asked:
         if tower not in found:
@@ -111,6 +115,23 @@ def summarise(
     features = np.concatenate(unit, 1) / np.sqrt(len(unit))
     return choose(run.name, features, one.seconds(number), one.spec.fps, by=by, share=share, config=config,
                   seen=" + ".join(asked))  # fmt: skip
+
+
+def summarise_rows(
+    store: Store, number: int, name: str, tower: str, rows: NDArray[np.floating], *, config: dr_dsn.Config = ALONE
+) -> VideoSummary:
+    """As `summarise`, from embeddings in the store: `rows` is the array (S, D) of a tower (`avstore.index.read_rows`).
+    NotFoundError where a second of the video has none."""
+    seconds, place = store.seconds(number), int(store.places[number])
+    x = np.asarray(rows[place : place + int(-(-seconds // 1))], np.float64)
+    if len(x) < seconds or not np.isfinite(x).all():
+        raise NotFoundError(
+            f"{store.key(number)} has not an embedding by {name} for each second",
+            f"{int(np.isfinite(x).all(1).sum())} of {-(-seconds // 1)}",
+            f"avstore embed RUN {store.path}",
+        )
+    unit = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+    return choose(name, unit, seconds, store.spec.fps, config=config, seen=tower)
 
 
 def choose(

@@ -16,6 +16,16 @@ def explain(
     store: StoreArgument = None,
     run: Annotated[list[str] | None, typer.Option(help="A run; repeat it to see two side by side.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="Where it goes.")] = Path("explain"),
+    head: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="A fine-tuned network, or the work folder of bench finetune --keep: class activation maps.",
+        ),
+    ] = None,
+    of_class: Annotated[
+        str | None, typer.Option("--class", help="Of --head: the class. Default: each video's own.")
+    ] = None,
     video: Annotated[list[int] | None, typer.Option(metavar="NUMBER", help="A video to map, repeatable.")] = None,
     second: Annotated[int | None, typer.Option(help="Of each. Default: its middle.")] = None,
     count: Annotated[int, typer.Option(help="Videos to map where none is named.")] = 4,
@@ -45,7 +55,8 @@ def explain(
             progress.update(done, total)
 
         made = make(
-            opened, runs, output, numbers=numbers, videos=video or (), second=second, count=count, points=points,
+            opened, runs, output, numbers=numbers, heads=_heads(head or []), of_class=of_class,
+            videos=video or (), second=second, count=count, points=points,
             block=block, form=form, how=projection, label=label, seed=seed, device=device, progress=show,
             which=int(checkpoint) if checkpoint.isdigit() else checkpoint,
         )  # fmt: skip
@@ -54,3 +65,16 @@ def explain(
     elif made.table.rows:
         console.table(made.table)
     console.say(f"wrote {len(made.files)} files into {output}: open {output / 'explain.html'} in a browser")
+
+
+def _heads(given: list[Path]) -> list[Path]:
+    """The files named, and those in the folders named."""
+    from avstore.errors import NotFoundError
+
+    out: list[Path] = []
+    for path in given:
+        found = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+        if not found:
+            raise NotFoundError(f"no fine-tuned network in {path}", "", "avstore bench finetune --keep leaves them")
+        out += found
+    return out

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from avstore.errors import UsageError, did_you_mean
+from avstore.errors import NotFoundError, UsageError, did_you_mean
 from cli import console
 from cli.choose import open_store, selection
 from cli.store import Json
+
+if TYPE_CHECKING:
+    from avstore.store import Store
+    from trainers.run import Run
 
 LAYOUTS = ("embeddings", "eccv16")
 
@@ -22,7 +26,13 @@ def export(
         list[str] | None, typer.Option(help="Whose embeddings; repeatable. Default: all (eccv16: the only one).")
     ] = None,
     layout: Annotated[str, typer.Option(help=f"One of {', '.join(LAYOUTS)}.")] = "embeddings",
-    tower: Annotated[str, typer.Option(help="Of --layout eccv16: whose vectors are the features.")] = "video",
+    tower: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Of --layout eccv16: whose vectors are the features: video (default), audio, ..., joint; "
+            "repeatable: side by side."
+        ),
+    ] = None,
     annotations: Annotated[
         Path | None,
         typer.Option(metavar="PATH", help="Of --layout eccv16: SumMe or TVSum, whose summaries are written beside."),
@@ -49,10 +59,11 @@ def export(
     numbers = opened.select(**selection(where, list_, None, 0)).numbers
     if layout == "eccv16":
         said = read(annotations) if annotations is not None else None
+        towers = tower or ["video"]
         with console.Progress("export", "videos") as progress:
             done = bench.export_eccv16(
-                opened, out, run[0] if run else None, tower, numbers, annotations=said, force=force,
-                progress=progress.update,
+                opened, out, run[0] if run else None, towers, numbers, annotations=said, force=force,
+                trained=_trained(opened, run, towers), progress=progress.update,
             )  # fmt: skip
     else:
         done = bench.export_embeddings(opened, out, run, numbers, force=force)
@@ -64,3 +75,22 @@ def export(
     console.say(console.visible(f"{done.path}: {done.videos} videos, {done.rows} rows: {parts}"))
     if layout == "eccv16":
         console.say("next: avstore bench summarize ANNOTATIONS --features " + console.visible(done.path))
+
+
+def _trained(store: Store, run: list[str] | None, towers: list[str]) -> Run | None:
+    """The run whose model makes joint features; None where the store has such a tower, or none is asked."""
+    from avstore.index import choose_run, embedded_runs
+
+    name = choose_run(store, run[0] if run else None)
+    if "joint" not in towers or "joint" in embedded_runs(store)[name]:
+        return None
+    from benchmarks.lineage import trainers_of
+
+    found, _ = trainers_of(store, [name])
+    if not found:
+        raise NotFoundError(
+            f"{name} has no tower joint in {store.path}, and its run is not in runs/ here or beside the store",
+            "joint features are outputs of the run's own model",
+            "put its folder there, or --tower video --tower audio",
+        )
+    return found[0]

@@ -28,7 +28,8 @@ def report(
     bench: Annotated[
         list[Path] | None,
         typer.Option(
-            metavar="FILE", help="Results: a bench's --json, repeatable. RUN/benches/*.json come by themselves."
+            metavar="FILE",
+            help="Results: a bench's --json, repeatable. Those of benches of the store come by themselves.",
         ),
     ] = None,
     picture: Annotated[
@@ -40,17 +41,26 @@ def report(
     ] = None,
     count: Annotated[int, typer.Option(help="Videos in the contact sheet.")] = 18,
     queries: Annotated[int, typer.Option(help="Queries shown for each of v-v and a-a; 0: none.")] = 4,
+    saliency: Annotated[bool, typer.Option(help="Maps of what the run's networks look at and listen to.")] = True,
+    clips: Annotated[int, typer.Option(help="Clips with such maps.")] = 2,
+    summaries: Annotated[bool, typer.Option(help="Timelines: which moments of the longest videos matter.")] = True,
+    videos: Annotated[int, typer.Option(help="Videos with such timelines.")] = 2,
+    within: Annotated[
+        float, typer.Option(help="Seconds for saliency and timelines together; what does not fit is named.")
+    ] = 120.0,
+    device: Annotated[str, typer.Option(help="Of the networks: auto, cpu, cuda, ...")] = "auto",
     label: Annotated[str, typer.Option(help="The column of classes.")] = "label",
     seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
 ) -> None:
-    """One page that works offline: counts, failures, contact sheet with sound, curves, results, retrieval."""
+    """One page that works offline: counts, failures, contact sheet with sound, curves, results of benches, saliency,
+    summaries, retrieval. Saliency and summaries run networks: --no-saliency and --no-summaries leave them out."""
     from avstore.durable import write_atomic
     from avstore.errors import UsageError
     from benchmarks.report import report as make
     from trainers.run import find_run
 
-    if count < 0 or queries < 0:
-        raise UsageError(f"--count {count} --queries {queries}", "0 or more")
+    if min(count, queries, clips, videos) < 0:
+        raise UsageError(f"--count {count} --queries {queries} --clips {clips} --videos {videos}", "0 or more")
     if what is not None and not (what / "zarr.json").is_file():
         runs: list[Run] = [find_run(what)]
         opened: Store | None = _store_of(runs[0], store)
@@ -63,7 +73,8 @@ def report(
     runs += [r for r in map(find_run, run or ()) if r.path.resolve() not in {x.path.resolve() for x in runs}]
     text = make(
         store=opened, runs=runs, embedded=retrieval, tables=bench or (), pictures=picture or (), count=count,
-        queries=queries, seed=seed, label=label,
+        queries=queries, saliency=clips if saliency else 0, summaries=videos if summaries else 0, within=within,
+        seed=seed, label=label, device=device,
     )  # fmt: skip
     write_atomic(output, text.encode())
     console.say(f"wrote {output} ({console.size(output.stat().st_size)}): open it in a browser")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
 import pytest
+import torch
 from tiny_store import Tiny, default_spec, make_store
 
 import avstore
@@ -17,6 +20,8 @@ from avstore.spec import embedding_array
 from avstore.store import Store
 from benchmarks.annotations import Annotated, Annotations, read
 from benchmarks.export import export_eccv16, export_embeddings, rows_of_picks, source_frames
+from benchmarks.joint import joint_rows
+from benchmarks.summary import summary_of
 from cli.main import invoke
 
 VIDEOS = [
@@ -103,6 +108,95 @@ def test_the_tape_s_source_frames(store: Store) -> None:
         source_frames(store, 3)
 
 
+class Summing(torch.nn.Module):
+    """A model over snippets that can be worked by hand: (sum of what is here of sight, how many are here)."""
+
+    def joint(self, v_BTC, a_BTC, here_BT):
+        assert (a_BTC[~here_BT] == 0).all() and torch.isfinite(v_BTC).all()
+        total = (v_BTC[..., 0] * here_BT).sum(1, keepdim=True).expand(-1, here_BT.shape[1])
+        return torch.stack([total, here_BT.sum(1, keepdim=True).expand_as(total).float()], -1)
+
+
+def planted_run(**method) -> SimpleNamespace:
+    config = SimpleNamespace(name="temporal", method=SimpleNamespace(**method))
+    return SimpleNamespace(config=config, path=Path("runs/mine"), load=lambda step: Summing(),
+                           checkpoints=lambda: [SimpleNamespace(step=7, digest="d7")])  # fmt: skip
+
+
+def add_rows(store: Store, tower: str, x: np.ndarray) -> None:
+    array = embedding_array("mine", tower, x.shape[1])
+    (store.path / array.path).mkdir(parents=True)
+    lineage = {"avstore": {"run": "mine", "step": 7, "every": 1, "checkpoint": "d7"}}
+    meta = array.metadata(store.spec.shard_seconds, store.tape_seconds, lineage)
+    write_atomic(store.path / array.path / "zarr.json", canonical_json(meta))
+    import zarr
+
+    zarr.open_array(store.path / array.path, mode="r+")[:] = x.astype("<f2")
+
+
+def test_joint_features_are_the_middle_of_the_models_windows(store: Store, tmp_path: Path) -> None:
+    """Three snippets two seconds apart around each second; video 2 is silent and has none."""
+    sight = np.full((store.tape_seconds, 1), np.nan)
+    for video, n in ((0, 11), (1, 8), (2, 6)):
+        sight[store.places[video] + np.arange(n), 0] = 1 + np.arange(n)
+    sound = sight.copy()
+    sound[store.places[2] :][:6] = np.nan
+    add_rows(store, "video-trunk", sight)
+    add_rows(store, "audio-trunk", sound)
+    run = planted_run(snippets=3, hop=2.0, target="trunk")
+    rows = joint_rows(store, "mine", run, np.array([0, 1, 2]))
+    place = int(store.places[1])
+    np.testing.assert_array_equal(rows[place : place + 8, 0], [4, 6, 9, 12, 15, 18, 12, 14])  # s - 2, s, s + 2
+    np.testing.assert_array_equal(rows[place : place + 8, 1], [2, 2, 3, 3, 3, 3, 2, 2])
+    assert np.isnan(rows[store.places[2] :][:6]).all()
+    file = tmp_path / "joint.h5"
+    done = export_eccv16(store, file, "mine", "joint", trained=run)
+    silent = ("dogs/three.mp4", "it has no joint embeddings of mine")
+    assert done.left_out == [silent, ("heard.wav", "it has no pictures")]
+    with h5py.File(file) as f:  # as DR-DSN and its followers read it
+        for key in f:
+            x, picks, n = f[key]["features"][...], f[key]["picks"][...], f[key]["n_frames"][()]
+            cps, nfps = f[key]["change_points"][...], f[key]["n_frame_per_seg"][...]
+            assert x.shape == (f[key]["n_steps"][()], 2) and len(picks) == len(x) and picks[-1] < n
+            assert nfps.sum() == n and (cps[:, 1] - cps[:, 0] + 1 == nfps).all()
+        assert json.loads(f.attrs["avstore"])["towers"] == ["joint"]
+    back = read(file).videos["video_2"]
+    np.testing.assert_array_equal(back.features[:, 0], rows[place + np.array([15 * k // 8 for k in range(5)]), 0])
+    with pytest.raises(ConflictError, match="no model over several snippets"):
+        joint_rows(store, "mine", planted_run(), np.array([0]))
+    other = planted_run(snippets=3, hop=2.0)
+    other.checkpoints = lambda: [SimpleNamespace(step=8, digest="d8")]
+    with pytest.raises(ConflictError, match="does not hold the checkpoint"):
+        joint_rows(store, "mine", other, np.array([0]))
+
+
+def test_towers_side_by_side_and_summaries_of_them(
+    store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "both.h5"
+    done = export_eccv16(store, file, "mine", ["video", "audio"], np.array([0, 1]))
+    assert done.videos == 2
+    x = read(file).videos["video_1"].features
+    np.testing.assert_allclose(np.linalg.norm(x, axis=1), 1, atol=1e-3)
+    np.testing.assert_allclose((x[:, :3] ** 2).sum(1), 0.5, atol=1e-3)  # half of it sight
+    with pytest.raises(UsageError, match="each once"):
+        export_eccv16(store, tmp_path / "x.h5", "mine", ["video", "video"])
+    command = ["export", str(store.path), str(tmp_path / "y.h5"), "--layout", "eccv16", "--tower", "joint"]
+    assert invoke(command) == 4 and "beside the store" in capsys.readouterr().err
+    rng = np.random.default_rng(0)
+    known = {}
+    for name, n in (("one", 168), ("two", 64)):
+        scores, segments = rng.random((3, n)).astype(np.float32), np.array([[i, i + 3] for i in range(0, n, 4)])
+        summaries = np.stack([summary_of(s, segments) for s in scores])
+        known[name] = Annotated(name, n, summaries, scores, segments, np.arange(0, n, 15))
+    people = Annotations("toy", "best", known)
+    with_people = tmp_path / "people.h5"
+    export_eccv16(store, with_people, "mine", ["video", "audio"], np.array([0, 1]), annotations=people)
+    assert invoke(["bench", "summarize", str(with_people), "--splits", "2", "--epochs", "2", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert any("people" in str(r["scores"]) and 0 <= r["F"] <= 1 for r in rows)  # `features` of the file itself
+
+
 def said(n_frames: int, name: str = "two") -> Annotations:
     scores = np.zeros((2, n_frames), np.float32)
     scores[:, 5:14] = 1
@@ -115,7 +209,14 @@ def said(n_frames: int, name: str = "two") -> Annotations:
 def test_what_people_said_goes_with_their_frames(store: Store, tmp_path: Path) -> None:
     file = tmp_path / "with.h5"
     assert export_eccv16(store, file, annotations=said(64)).videos == 1
-    back = read(file).videos["video_1"]
+    whole = read(file)
+    assert (whole.name, whole.measure) == ("toy", "best")  # said in the file, whatever it is called
+    back = whole.videos["video_1"]
+    assert back.graded and "user_scores" in h5py.File(file)["video_1"]
+    bare = {n: dataclasses.replace(v, graded=False) for n, v in said(64).videos.items()}
+    export_eccv16(store, tmp_path / "tvsum.h5", annotations=Annotations("toy", None, bare))
+    silent = read(tmp_path / "tvsum.h5")
+    assert silent.measure is None and not silent.videos["video_1"].graded
     assert back.name == "two" and back.segments.tolist() == [[0, 19], [20, 63]]
     assert back.people.sum() == 18 and (back.people == said(64).videos["two"].people).all()
     with h5py.File(file) as f:

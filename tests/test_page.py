@@ -20,12 +20,16 @@ from hypothesis import strategies as st
 import avstore
 from avstore.errors import CorruptError, NotFoundError, UsageError
 from avstore.store import Store
+from benchmarks.archive import archive, archived
+from benchmarks.budget import Budget
 from benchmarks.card import Told, card, coloured, film, png, shrunk, wav, window
 from benchmarks.chart import Curve, Dots, chart, histogram, scatter, standalone, ticks
 from benchmarks.page import SCRIPT, escaped, page, section, table
 from benchmarks.report import contact, failures, read_picture, read_tables, report
 from benchmarks.sheet import draw, nearest, sheet
 from benchmarks.table import Table
+from benchmarks.timeline import Teller, figure, films, timelines
+from benchmarks.video_summary import VideoSummary
 from cli.main import invoke
 from tests.test_retrieval import LABELS, planted
 from tests.tiny_store import Tiny, default_spec, make_store, picture
@@ -334,3 +338,103 @@ def test_the_report_of_a_run_has_its_curves(tmp_path: Path, store: Store) -> Non
     )
     (tmp_path / "metrics.jsonl").write_text("")
     assert "not logged two steps" in training(Logged())  # type: ignore[arg-type]
+
+
+def test_a_budget_leaves_out_and_says_so() -> None:
+    now = [0.0]
+    budget = Budget(10, clock=lambda: now[0])
+    assert budget.allows(9) and not budget.allows(10) and budget.section() == ""
+    now[0] = 8
+    assert budget.spent == 8 and budget.allows(1.5) and not budget.allows(3)
+    budget.leave("maps <b>", "time", "avstore explain")
+    text = budget.section()
+    assert "maps &lt;b&gt;" in text and "avstore explain" in text and "Left out" in text
+    assert not Budget(0).allows()
+    with pytest.raises(UsageError):
+        Budget(-1)
+
+
+def test_tables_are_kept_in_the_logs_and_found_by_their_runs(tmp_path: Path) -> None:
+    made = avstore.open(make_store(tmp_path / "s.zarr", [Tiny(2)], default_spec()))
+    rows = [{"features": "a", "x": np.float64(0.5)}, {"features": "b", "x": float("nan")}]
+    value = Table("t", ("features", "x"), rows)
+    first = archive(made, value, "linear", ["a"], {"modality": "v", "list": Path("x")})
+    assert archive(made, value, "linear", ["a"], {"list": Path("x"), "modality": "v"}) == first  # the same question
+    second = archive(made, value, "linear", ["b"], {"modality": "a"})
+    assert second != first and set(archived(made)) == {first, second} and archived(made, ["b"]) == [second]
+    assert [r["x"] for r in read_tables(first)[0].rows] == [0.5, None]
+    assert invoke(["verify", str(made.path)]) == 0  # logs are no part of the store's bytes
+    with pytest.raises(UsageError):
+        archive(made, value, "../x", [], {})
+    second.write_text("{")
+    text = report(store=made, count=0, queries=0, saliency=0, summaries=0)
+    assert "<td" in text and str(second) in text and "Left out" in text  # the other one is on the page
+
+
+def summary(run: str, seconds: int, kept: list[tuple[int, int]]) -> VideoSummary:
+    from fractions import Fraction
+
+    scores = np.linspace(0, 1, seconds)
+    segments = np.array([[i, i + 1] for i in range(seconds)], float)
+    pairs = [(Fraction(a), Fraction(b)) for a, b in kept]
+    return VideoSummary(run, "by hand", Fraction(seconds), scores, segments, np.zeros(seconds, bool), pairs)
+
+
+def test_a_timeline_shades_what_is_kept_on_the_videos_axis(store: Store) -> None:
+    number = int(store.find(["01.mp4"])[0])
+    assert float(store.seconds(number)) == 3
+    text = figure(store, number, [summary("avid", 3, [(0, 1)]), summary("<other>", 3, [(1, 3)])])
+    rects = re.findall(r'<rect x="([\d.]+)" width="([\d.]+)"', text)
+    assert rects == [("0.0", "333.3"), ("333.3", "666.7")]
+    assert text.count("<svg") == 2 and "&lt;other&gt;: 2.0 s" in text and "0:00.0 to 0:01.0" in text
+    points = re.findall(r'points="([^"]+)"', text)[0].split()
+    assert points == ["0.0,94.0", "166.7,94.0", "500.0,50.0", "833.3,6.0", "1000.0,6.0"]
+    assert len(jpegs(text)) == 1 and Parsed(text).named("img")
+
+
+def test_timelines_are_of_the_longest_and_keep_to_their_time(store: Store) -> None:
+    chosen = films(store, store.numbers, 3)
+    assert [float(store.seconds(n)) for n in chosen] == [3.0, 3.0, 3.0] and chosen == films(store, store.numbers, 3)
+    budget = Budget(300)
+    text = timelines(store, [Teller("avid")], budget, count=1)
+    assert text.count('class="timeline"') == 1 and "DR-DSN" in text
+    late = Budget(0)
+    assert timelines(store, [Teller("avid")], late, count=2) == ""
+    assert late.left_out[0][0] == "summaries of 2 videos" and "--run avid" in late.left_out[0][2]
+    none = Budget(9)
+    assert timelines(store, [], none) == "" and "no embeddings" in none.left_out[0][1]
+    assert timelines(store, [Teller("avid")], none, count=0) == ""
+
+
+def test_a_report_asks_networks_and_names_what_it_leaves_out(
+    tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import tiny_run
+
+    from trainers.embed import embed
+    from trainers.loop import train
+
+    folder = tmp_path_factory.mktemp("report")
+    made = tiny_run.store_in(folder)
+    run = train("avid", made, tiny_run.config("steps=2"), folder / "runs" / "r0").run
+    out, path = folder / "r.html", str(run.path)
+    assert invoke(["report", path, "--store", str(made.path), "-o", str(out), "--clips", "1", "--videos", "1",
+                   "--within", "300"]) == 0  # fmt: skip
+    text = out.read_text()
+    sections = {a["id"] for a in Parsed(text).named("section")}
+    assert {"saliency", "left-out"} <= sections and text.count("data:image/png") == 1
+    assert "avstore embed" in text  # no embeddings yet: retrieval is named as left out
+    assert ("summaries" in sections) == any(float(made.seconds(int(n))) >= 3 for n in made.numbers)
+    assert invoke(["report", path, "--store", str(made.path), "-o", str(out), "--within", "0"]) == 0
+    text = out.read_text()
+    assert "saliency of 2 clips" in text and "data:image/png" not in text and "avstore explain" in text
+    assert invoke(["report", path, "--store", str(made.path), "-o", str(out), "--no-saliency", "--no-summaries"]) == 0
+    text = out.read_text()
+    assert "saliency of" not in text and "data:image/png" not in text
+    embed(run, made)
+    made = avstore.open(made.path)
+    text = report(store=made, count=0, queries=0, saliency=1, summaries=0)  # the run is found beside the store
+    assert text.count("data:image/png") == 1
+    run.path.rename(folder / "elsewhere")
+    text = report(store=made, count=0, queries=0, saliency=1, summaries=0)
+    assert "saliency of r0" in text and "not in runs/" in text
