@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from avstore.store import Store
     from benchmarks.table import Table
 
-SHOWN_ONLY = frozenset({"store", "run", "json", "markdown", "html", "device", "work", "keep", "batch_size", "workers"})
+SHOWN_ONLY = frozenset({"store", "run", "json", "markdown", "html", "device", "work", "keep", "curve",
+                        "batch_size", "workers"})  # fmt: skip
 
 
 def keep(store: Store, table: Table, bench: str, runs: Sequence[str], asked: Mapping[str, Any]) -> None:
