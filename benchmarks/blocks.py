@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from avstore import draws
 from avstore.durable import canonical_json
 from avstore.errors import AvstoreError, ConflictError, UsageError
-from avstore.sampler import SequentialOrder
+from avstore.sampler import Order, SequentialOrder
 from avstore.views import UniformView
 from trainers.data import Normaliser, open_loader
 from trainers.encoders import BLOCKS, Encoder
@@ -86,6 +86,11 @@ def trunk(method: nn.Module, modality: Literal["v", "a"]) -> Encoder:
             "choose another --modality or another run",
         )
     return net
+
+
+def norms_of(net: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    """The batch normalisations of a network."""
+    return [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
 
 def pooled(maps: Mapping[str, Tensor], grids: Mapping[str, int], how: Literal["avg", "max"]) -> dict[str, Tensor]:
@@ -179,27 +184,42 @@ def picture_blocks(
     clips: int = 10,
     grids: Mapping[str, int] = PICTURE_GRIDS,
     how: Literal["avg", "max"] = "max",
+    frames: int | None = None,
+    moving: int | None = None,
     device: str = "auto",
     batch: int = 16,
     progress: Progress = quiet,
 ) -> dict[str, np.ndarray]:
-    """{block: float32 (n, clips, D)} of `clips` evenly spaced, centre-cropped clips of each video."""
+    """{block: float32 (n, clips, D)} of `clips` evenly spaced, centre-cropped clips of each video.
+
+    frames: of a clip (None: as in pre-training). moving: a seed; clips then come shuffled by it, and the batch
+    normalisations of the network use and move their statistics as in training (`train_mode.py`). UsageError where a
+    video has no picture, AvstoreError for features that are not finite.
+    """
     import dataclasses
 
     needs = dataclasses.replace(needs_of(run.config), sound=False, front_end=None)
+    if frames is not None:
+        needs = dataclasses.replace(needs, frames=frames)
     net = trunk(method, "v")
     on = choose_device(device)
     method.to(on).eval()
     normaliser = Normaliser(needs, None, store.spec.sample_rate, on, torch.float32)
     numbers = np.asarray(numbers, np.int64)
-    order = SequentialOrder(len(numbers), clips, batch_size=batch)
+    order: SequentialOrder | Order = SequentialOrder(len(numbers), clips, batch_size=batch)
+    if moving is not None:
+        order = Order(len(numbers), clips, seed=moving, batch_size=batch)
+        for norm in norms_of(net):
+            norm.train()
     out: dict[str, list[np.ndarray]] = {name: [] for name in grids}
     place: list[tuple[np.ndarray, np.ndarray]] = []
     with open_loader(store, numbers, needs, order, UniformView(clips), device=on) as loader:
         for raw in loader.steps(0, order.batches):
             if not raw.has_picture.all():
                 number = int(raw.video[~raw.has_picture][0])
-                raise UsageError(f"{store.key(number)} has no picture", "the probes of pictures need it", "--where")
+                raise UsageError(
+                    f"{store.key(number)} has no picture", "the probes of pictures need it", "--where has_picture=true"
+                )
             t = raw.tensors(on)
             video = normaliser.video(t["frames"], raw.box, raw.has_picture, t["has_picture"])
             found = pooled(net.forward_blocks(video), grids, how)
@@ -263,5 +283,6 @@ def _finite(x: Tensor, store: Store, number: int) -> np.ndarray:
     return x.float().cpu().numpy()
 
 
-__all__ = ["BLOCKS", "PICTURE_GRIDS", "SOUND_GRIDS", "key_of", "picture_blocks", "pooled", "raw_pictures", "raw_sound",
-           "same_networks", "sound_blocks", "sound_starts", "sound_windows", "trunk", "with_weights"]  # fmt: skip
+__all__ = ["BLOCKS", "PICTURE_GRIDS", "SOUND_GRIDS", "key_of", "norms_of", "picture_blocks", "pooled", "raw_pictures",
+           "raw_sound", "same_networks", "sound_blocks", "sound_starts", "sound_windows", "trunk",
+           "with_weights"]  # fmt: skip

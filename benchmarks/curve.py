@@ -69,7 +69,8 @@ def over_checkpoints(bench: Callable[..., Table], store: Store, runs: Sequence[R
     order: dict[str, list[dict[str, Any]]] = {}
     for row in mine:
         order.setdefault(f"{row['of run']} {row.get('block', '')}", []).append(row)
-    return dataclasses.replace(table, rows=[*(r for rows in order.values() for r in rows), *rest])
+    told = (*table.notes, f"controls, settings and paired tests: of the last checkpoint, step {steps[-1]}")
+    return dataclasses.replace(table, rows=[*(r for rows in order.values() for r in rows), *rest], notes=told)
 
 
 def curves(rows: Sequence[dict[str, Any]], value: str) -> list[Curve]:

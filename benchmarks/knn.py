@@ -2,7 +2,8 @@
 
 Pooled features of each clip at unit length, averaged over a video's clips and brought to unit length again; the k
 nearest training videos by cosine vote with weight exp(cosine / temperature). Nothing is trained, so nothing can be
-tuned on the test part but k, and every k asked for is printed. Searched by FAISS, exactly.
+tuned on the test part but k, and every k asked for is printed. Raw features lose the training clips' mean first.
+Searched by FAISS, exactly.
 """
 
 from __future__ import annotations
@@ -32,15 +33,17 @@ TEMPERATURE = 0.07  # of the votes, as in the instance-discrimination literature
 Progress = Callable[[str, int, int], None]
 
 
-def neighbours(k: int, temperature: float = TEMPERATURE) -> Classifier:
-    """The classifier of `probing.probe`: weighted vote of the k nearest training videos, or of all."""
+def neighbours(k: int, temperature: float = TEMPERATURE, centred: bool = False) -> Classifier:
+    """The classifier of `probing.probe`: weighted vote of the k nearest training videos, or of all. centred: the
+    training clips' mean is taken off all features first, as pixels want it."""
     if k < 1 or not temperature > 0:
-        raise UsageError(f"k = {k}, temperature {temperature}", "at least 1 and above 0")
+        raise UsageError(f"k = {k}, temperature {temperature}", "at least 1 and above 0", "--k 5")
 
     def classify(
         train: np.ndarray, labels: np.ndarray, test: np.ndarray, inner: np.ndarray | None
     ) -> tuple[np.ndarray, str]:
-        gallery, queries = video_vectors(train), video_vectors(test)
+        centre = train.mean((0, 1)) if centred else np.zeros((), np.float32)
+        gallery, queries = video_vectors(train - centre), video_vectors(test - centre)
         index = faiss.IndexFlatIP(gallery.shape[1])
         index.add(gallery)
         score, place = index.search(queries, min(k, len(gallery)))
@@ -70,18 +73,20 @@ def bench(
     """The table of `bench knn`: a row for each method and k, beside random networks, raw features, commonest class.
     work: a folder in which features are kept: what is there is not computed again."""
     if modality not in ("a", "v"):
-        raise UsageError(f"no modality {modality!r}", did_you_mean(modality, ("a", "v")))
+        raise UsageError(f"no modality {modality!r}", did_you_mean(modality, ("a", "v")), "--modality v")
     if not ks or clips < 1 or seeds < 0:
-        raise UsageError(f"k {list(ks)}, {clips} clips, {seeds} seeds", "at least one k, one clip")
-    classifiers = {k: neighbours(k) for k in ks}
+        raise UsageError(f"k {list(ks)}, {clips} clips, {seeds} seeds", "at least one k, one clip", "--k 5 --clips 10")
+    for k in ks:
+        neighbours(k)  # refuses one below 1 before anything is computed
     names = probing.names(runs)
     probed, asked, notes = unseen.plan(store, runs, names, probing.choose(store, modality=modality, **choice))
     found: dict[tuple[str, int], list[list[Outcome]]] = {}
     kept = Kept(work)
 
-    def vote(name: str, x: np.ndarray, parts: tuple[Part, ...]) -> None:
+    def vote(name: str, x: np.ndarray, parts: tuple[Part, ...], centred: bool = False) -> None:
         mine = dataclasses.replace(probed, parts=parts)
-        for k, classifier in classifiers.items():
+        for k in ks:
+            classifier = neighbours(k, centred=centred)
             found.setdefault((name, k), []).append(probing.probe(x, mine, classifier))
 
     def add(name: str, run: Run, which: str | int, parts: tuple[Part, ...], seed: int = 0) -> None:
@@ -105,7 +110,7 @@ def bench(
     if controls:
         name = "raw spectrogram" if modality == "a" else "raw pixels and their change"
         raw = (blocks.raw_sound if modality == "a" else blocks.raw_pictures)(store, probed.numbers, clips=clips)
-        vote(name, raw - raw.mean((0, 1)), probed.parts)
+        vote(name, raw, probed.parts, centred=True)
     rows = [probing.row(name, f"k = {k}", unseen.whole(o, probed)) for (name, k), o in found.items()]
     rows.append(probing.row("commonest class", "", [probing.chance(probed)]))
     return probing.table(

@@ -2,192 +2,197 @@
 
 For one modality, AVID's probe: each of conv2x ... conv5x pooled by maximum to 12, 8, 6, 4 cells a side (sound: by
 mean), batch normalisation, one linear layer, Adam. The backbone stays in eval mode; AVID's code leaves it in train
-mode, where statistics of the probe's videos move into the frozen network: `--train-mode` shows what that is worth.
+mode, where its statistics move with the probe's training videos: `--train-mode` (`train_mode.py`) shows what that is
+worth. Declared: the layer learns on the evenly spaced centre crops of testing, the same in each epoch; AVID draws
+random augmented clips. `--schedule ablation` is that of AVID's ablations (20 epochs, 25 clips).
 
 `--modality av` (Kinetics-Sound of the CrissCross poster, its code is not public): pooled features of sight and sound
-side by side, each standardised on training; L2 logistic regression, its strength chosen on a held-out tenth of
-training; the same for a and v alone, so that the three numbers compare (declared: the paper does not say).
+side by side, each standardised on training; L2 logistic regression, its strength chosen on an inner fold, a validation
+part or a held-out tenth of training; the same for a and v alone, so that the three numbers compare (declared: the paper
+does not say). `--classifier svm --frames 8` (UCF101, HMDB51 of the poster): one-vs-rest linear SVMs on the same pooled
+features, averaged over clips.
 
-`--shots k`: k training videos of each class.
+`--shots k`: k training videos of each class, several draws of them.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import warnings
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
 from torch import nn
-from torch.nn import functional as F
 
 from avstore.errors import UsageError, did_you_mean
 from benchmarks import blocks, probing, unseen
+from benchmarks import published as published_figures
+from benchmarks.classifiers import SCHEDULES, STRENGTHS, Schedule, adam, averaged, logistic
 from benchmarks.kept import Kept
-from benchmarks.probing import Classifier, Outcome
-from benchmarks.rank import folds
+from benchmarks.probing import Classifier, Outcome, Part, Probed
+from benchmarks.svm import svm
 from benchmarks.table import Table
+from benchmarks.train_mode import moved_features
 
 if TYPE_CHECKING:
     from avstore.store import Store
     from trainers.run import Run
 
-EPOCHS, BATCH, RATE = 12, 128, 1e-4  # [C] AVID on Kinetics: divided by 10 after epochs 6 and 9
-MILESTONES = (0.5, 0.75)
-STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 POOLED = {"conv5x": 1}
+CLASSIFIERS = ("adam", "logistic", "svm")
+SHOT_DRAWS = 5
+PUBLISHED = published_figures.names("linear")
 Progress = Callable[[str, int, int], None]
-# top-1 on frozen features as the papers print them, for --published
-PUBLISHED = {
-    "UCF101": {"CrissCross, Kinetics-Sound": 0.781, "CrissCross, Kinetics-400": 0.839, "CrissCross, AudioSet": 0.877},
-    "HMDB51": {"CrissCross, Kinetics-Sound": 0.457, "CrissCross, Kinetics-400": 0.500, "CrissCross, AudioSet": 0.562},
-    "Kinetics-400": {"AVID, Kinetics": 0.430, "AVID-CMA, Kinetics": 0.444, "AVID, AudioSet": 0.465,
-                     "AVID-CMA, AudioSet": 0.489, "CrissCross, AudioSet": 0.501},
-}  # fmt: skip
 
 
-def adam(epochs: int = EPOCHS, rate: float = RATE, batch: int = BATCH, seed: int = 0) -> Classifier:
-    """AVID's probe: BatchNorm1d (running statistics at test), Linear, Adam; every clip is a training example."""
-    if epochs < 1 or batch < 2 or not rate > 0:
-        raise UsageError(f"{epochs} epochs of batches of {batch} at {rate}", "1, 2 and above 0 at least")
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What `bench` is asked to do. classifier: "" is the modality's own (adam, with av logistic). clips, epochs, rate:
+    None is the schedule's. frames: of a clip of pictures, None is the run's. UsageError for what does not go together.
+    """
 
-    def classify(
-        train: np.ndarray, labels: np.ndarray, test: np.ndarray, inner: np.ndarray | None
-    ) -> tuple[np.ndarray, str]:
-        x = torch.from_numpy(train.reshape(-1, train.shape[-1]))
-        y = torch.from_numpy(np.repeat(labels, train.shape[1]))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            net = nn.Sequential(nn.BatchNorm1d(x.shape[1]), nn.Linear(x.shape[1], int(y.max()) + 1))
-            optimiser = torch.optim.Adam(net.parameters(), lr=rate)
-            for epoch in range(epochs):
-                for group in optimiser.param_groups:
-                    group["lr"] = rate * 0.1 ** sum(epoch >= m * epochs for m in MILESTONES)
-                order = torch.randperm(len(x))
-                for at in range(0, len(x), batch):
-                    rows = order[at : at + batch]
-                    if len(rows) < 2:  # batch statistics of one clip do not exist
-                        continue
-                    optimiser.zero_grad(set_to_none=True)
-                    F.cross_entropy(net(x[rows]), y[rows]).backward()
-                    optimiser.step()
-        net.eval()
-        with torch.no_grad():
-            scores = net(torch.from_numpy(test.reshape(-1, test.shape[-1]))).softmax(1)
-        return scores.numpy().reshape(*test.shape[:2], -1), f"{epochs} epochs"
+    modality: Literal["a", "v", "av"] = "v"
+    classifier: str = ""
+    schedule: str = "kinetics"
+    clips: int | None = None
+    epochs: int | None = None
+    rate: float | None = None
+    frames: int | None = None
+    only: tuple[str, ...] = ()
+    shots: int | None = None
+    shot_draws: int = SHOT_DRAWS
+    repeats: int = 1
+    train_mode: bool = False
 
-    return classify
+    def __post_init__(self) -> None:
+        for value, there, option in (
+            (self.modality, ("a", "v", "av"), "modality"),
+            (self.classifier, ("", *CLASSIFIERS), "classifier"),
+            (self.schedule, tuple(SCHEDULES), "schedule"),
+            *((name, tuple(blocks.PICTURE_GRIDS), "block") for name in self.only),
+        ):
+            if value not in there:
+                known = [t for t in there if t]
+                raise UsageError(f"no {option} {value!r}", did_you_mean(value, known), f"--{option} {known[-1]}")
+        for number, what in ((self.clips, "clips"), (self.frames, "frames"), (self.shot_draws, "shot-draws"),
+                             (self.repeats, "repeats")):  # fmt: skip
+            if number is not None and number < 1:
+                raise UsageError(f"{number} {what}", "at least 1", f"--{what} 1")
+        if self.frames is not None and "v" not in self.modality:
+            raise UsageError("--frames of sound", "it is the length of a clip of pictures", "--modality v")
+        if self.named == "adam" and self.modality == "av":
+            raise UsageError("--classifier adam of sight and sound together", "it learns one map", "--modality a or v")
+        if self.named != "adam":
+            wrong = [o for o, on in (("--repeats", self.repeats > 1), ("--train-mode", self.train_mode),
+                                     ("--block", bool(set(self.only) - set(POOLED)))) if on]  # fmt: skip
+            if wrong:
+                raise UsageError(f"{wrong[0]} with {self.named}", "it belongs to the layer that Adam trains",
+                                 "--classifier adam")  # fmt: skip
+        if self.train_mode and self.modality != "v":
+            raise UsageError("--train-mode of sound", "what was published so are probes of pictures", "--modality v")
+        _ = self.adam  # its own numbers
 
+    @property
+    def named(self) -> str:
+        return self.classifier or ("logistic" if self.modality == "av" else "adam")
 
-def logistic(strengths: Sequence[float] = STRENGTHS, seed: int = 0) -> Classifier:
-    """L2 logistic regression on the mean over a video's clips, standardised; strength by a held-out tenth of training
-    (of each class), then fitted on all of it. The scores are one per video: (m, 1, C)."""
+    @property
+    def adam(self) -> Schedule:
+        of = SCHEDULES[self.schedule]
+        of = of if self.epochs is None else of.shortened(self.epochs)
+        rate = of.rate if self.rate is None else self.rate
+        return dataclasses.replace(of, rate=rate, clips=self.clips or of.clips)
 
-    def fit(x: np.ndarray, y: np.ndarray, c: float) -> LogisticRegression:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            return LogisticRegression(C=c, max_iter=500).fit(x, y)
+    @property
+    def grids(self) -> Mapping[str, int]:
+        if self.named != "adam":
+            return POOLED
+        return {k: v for k, v in blocks.PICTURE_GRIDS.items() if not self.only or k in self.only}
 
-    def classify(
-        train: np.ndarray, labels: np.ndarray, test: np.ndarray, inner: np.ndarray | None
-    ) -> tuple[np.ndarray, str]:
-        a, b = probing.standardised(train.mean(1, keepdims=True), test.mean(1, keepdims=True))
-        a, b = a[:, 0], b[:, 0]
-        smallest = int(np.bincount(labels)[np.unique(labels)].min())
-        c = 1.0
-        if smallest >= 2:
-            held = folds([str(i) for i in range(len(labels))], labels.tolist(), min(10, smallest), seed) == 0
-            accuracy = [float((fit(a[~held], labels[~held], s).predict(a[held]) == labels[held]).mean())
-                        for s in strengths]  # fmt: skip
-            c = strengths[int(np.argmax(accuracy))]
-        model = fit(a, labels, c)
-        scores = np.zeros((len(b), int(labels.max()) + 1))
-        scores[:, model.classes_] = model.predict_proba(b)
-        return scores[:, None], f"C {c:g}"
+    def classifiers(self) -> list[Classifier]:
+        """One for each repetition."""
+        if self.named == "svm":
+            return [averaged(svm())]
+        return [logistic()] if self.named == "logistic" else [adam(self.adam, s) for s in range(self.repeats)]
 
-    return classify
+    def pooling(self, modality: str) -> Literal["avg", "max"]:
+        return "max" if self.named == "adam" and modality == "v" else "avg"
+
+    def told(self) -> list[str]:
+        """How it was done, for the table."""
+        of = self.adam
+        layer = {
+            "adam": f"BatchNorm and Linear, Adam {of.rate:g} x {of.decay:g} after epochs "
+                    f"{', '.join(map(str, of.milestones))} of {of.epochs}; it learns on the same evenly spaced centre "
+                    "crops (AVID: random augmented clips)",
+            "logistic": "L2 logistic regression on the mean over clips of conv5x averaged, standardised",
+            "svm": "one-vs-rest linear SVM on the mean over clips of conv5x averaged, standardised",
+        }[self.named]  # fmt: skip
+        frames = f" of {self.frames} frames" if self.frames else ""
+        out = [f"{of.clips} clips{frames} of a video; {layer}; raw features: logistic regression"]
+        if self.named == "adam":
+            out.append("class probabilities averaged over clips")
+        if self.train_mode:
+            out.append("backbone in train mode, as published: its statistics move with the probe's training videos")
+        if self.shots is not None:
+            out.append(f"{self.shot_draws} draws of {self.shots} training videos of each class")
+        return out
 
 
 def bench(
     store: Store,
     runs: Sequence[Run],
     *,
-    modality: Literal["a", "v", "av"] = "v",
-    clips: int = 10,
-    only: Sequence[str] = (),
-    shots: int | None = None,
     seeds: int = 1,
-    epochs: int = EPOCHS,
-    rate: float = RATE,
     checkpoint: str | int = "latest",
-    train_mode: bool = False,
     controls: bool = True,
     published: str | None = None,
     work: Path | None = None,
     device: str = "auto",
     progress: Progress = lambda stage, done, total: None,
+    modality: Literal["a", "v", "av"] = "v",
+    classifier: str = "",
+    schedule: str = "kinetics",
+    clips: int | None = None,
+    epochs: int | None = None,
+    rate: float | None = None,
+    frames: int | None = None,
+    only: Sequence[str] = (),
+    shots: int | None = None,
+    shot_draws: int = SHOT_DRAWS,
+    repeats: int = 1,
+    train_mode: bool = False,
     **choice: Any,
 ) -> Table:
     """The table of `bench linear`. One row for each method and block (av: for a, v and both), beside random networks of
     `seeds` seeds, raw pixels or spectrograms, and the commonest class. Runs of one method that differ in their seed
     alone are one row; each is asked the parts that it was not pre-trained on (`unseen.py`). work: a folder in which
-    features are kept: what is there is not computed again, for other labels neither."""
-    if modality not in ("a", "v", "av"):
-        raise UsageError(f"no modality {modality!r}", did_you_mean(modality, ("a", "v", "av")))
-    if published is not None and published not in PUBLISHED:
-        raise UsageError(f"no published figures of {published!r}", did_you_mean(published, PUBLISHED))
-    known = blocks.PICTURE_GRIDS
-    for name in only:
-        if name not in known:
-            raise UsageError(f"no block {name!r}", did_you_mean(name, known))
-    if clips < 1 or seeds < 0:
-        raise UsageError(f"{clips} clips, {seeds} seeds", "at least 1 and 0")
+    features are kept: what is there is not computed again, for other labels neither. The rest: see `Asked`."""
+    asked = Asked(modality, classifier, schedule, clips, epochs, rate, frames, tuple(only), shots, shot_draws, repeats,
+                  train_mode)  # fmt: skip
+    if seeds < 0:
+        raise UsageError(f"{seeds} seeds", "0 or more", "--seeds 1")
+    theirs: list[dict[str, Any]] = []
+    if published is not None:
+        theirs = published_figures.rows("linear", published, classifier=asked.named, frames=frames, modality=modality)
     names = probing.names(runs)
-    probed, asked, notes = unseen.plan(store, runs, names, probing.choose(store, modality=modality, **choice))
-    if shots is not None:
-        probed = probing.few_shot(probed, shots)
-    at = {p.name: p for p in probed.parts}
-    grids = POOLED if modality == "av" else {k: v for k, v in known.items() if not only or k in only}
+    probed, parts_of, notes = unseen.plan(store, runs, names, probing.choose(store, modality=modality, **choice))
+    draws = [probed] if shots is None else [probing.few_shot(probed, shots, d) for d in range(shot_draws)]
     found: dict[tuple[str, str], list[list[Outcome]]] = {}
-    kept = Kept(work)
-    classifier = logistic() if modality == "av" else adam(epochs, rate)
+    features = _Features(store, probed, asked, Kept(work), device, progress)
 
-    def add(name: str, method: nn.Module, run: Run, parts: Sequence[probing.Part]) -> None:
-        x: dict[str, dict[str, np.ndarray]] = {}
-        each_of: tuple[tuple[Literal["a", "v"], Any], ...] = (("a", blocks.sound_blocks), ("v", blocks.picture_blocks))
-        for m, make in each_of:
-            if m in modality:
+    def add(name: str, method: nn.Module, run: Run, parts: Sequence[Part]) -> None:
+        for drawn in draws:
+            mine = [p for p in drawn.parts if p.name in {q.name for q in parts}]
+            for block, sets in features.of(name, method, run, drawn, mine):
+                for learner in asked.classifiers():
+                    one = [o for part, (x, learn) in zip(mine, sets, strict=True)
+                           for o in probing.probe(x, dataclasses.replace(drawn, parts=(part,)), learner, learn)]
+                    found.setdefault((name, block), []).append(one)  # fmt: skip
 
-                def say(done: int, total: int, which: str = m) -> None:
-                    progress(f"{name} {which}", done, total)
-
-                how: Literal["avg", "max"] = "avg" if modality == "av" or m == "a" else "max"
-                key = blocks.key_of(method, run, store, probed.numbers, modality=m, clips=clips, grids=grids, how=how,
-                                    train_mode=train_mode)  # fmt: skip
-
-                def computed(
-                    m: Literal["a", "v"] = m, make: Any = make, how: str = how, say: Any = say
-                ) -> Mapping[str, np.ndarray]:
-                    with _Statistics(method, blocks.trunk(method, m), train_mode):
-                        return make(method, run, store, probed.numbers, clips=clips, grids=grids, how=how,
-                                    device=device, progress=say)  # fmt: skip
-
-                x[m] = kept.arrays(key, computed)
-        if modality == "av":
-            each = {m: v["conv5x"] for m, v in x.items()}
-            sets = {**each, "a + v": np.concatenate([each["v"], each["a"]], 2)}
-        else:
-            sets = x[modality]
-        for block, value in sets.items():
-            mine = dataclasses.replace(probed, parts=tuple(at[p.name] for p in parts))
-            found.setdefault((name, block), []).append(probing.probe(value, mine, classifier))
-
-    for run, name, parts in zip(runs, names, asked, strict=True):
+    for run, name, parts in zip(runs, names, parts_of, strict=True):
         add(name, blocks.with_weights(run, checkpoint), run, parts)
     for run in {blocks.same_networks(r, modality): r for r in reversed(runs)}.values():
         for seed in range(seeds):
@@ -196,41 +201,77 @@ def bench(
     if controls:
         raw = {}
         if "a" in modality:
-            raw["raw spectrogram"] = blocks.raw_sound(store, probed.numbers, clips=clips)
+            raw["raw spectrogram"] = blocks.raw_sound(store, probed.numbers, clips=asked.adam.clips)
         if "v" in modality:
-            raw["raw pixels and their change"] = blocks.raw_pictures(store, probed.numbers, clips=clips)
-        rows += [probing.row(n, "", [probing.probe(value, probed, logistic())]) for n, value in raw.items()]
-    rows.append(probing.row("commonest class", "", [probing.chance(probed)]))
-    if published is not None:
-        rows += probing.by_name(PUBLISHED[published])
-    return probing.table(
-        f"linear probes of {modality}, {store.path}",
-        rows,
-        probed,
-        (
-            f"{clips} clips of a video, class probabilities averaged; "
-            + ("L2 logistic regression on standardised features" if modality == "av" else "BatchNorm and Linear, Adam")
-            + "; raw features: logistic regression",
-            *(["backbone in train mode, as published: batch statistics of the probe's videos, test part included"]
-              if train_mode else []),
-            *notes,
-        ),
-        list(dict.fromkeys(names)),
-    )  # fmt: skip
+            raw["raw pixels and their change"] = blocks.raw_pictures(store, probed.numbers, clips=asked.adam.clips)
+        rows += [probing.row(n, "", [probing.probe(x, d, logistic()) for d in draws]) for n, x in raw.items()]
+    rows.append(probing.row("commonest class", "", [probing.chance(d) for d in draws]))
+    title = f"linear probes of {modality}, {store.path}"
+    return probing.table(title, [*rows, *theirs], probed, (*asked.told(), *notes), list(dict.fromkeys(names)))
 
 
-class _Statistics:
-    """Within it the encoder is left in eval mode, or, as published, its batch normalisations use batch statistics."""
+class _Features:
+    """The features of networks, kept by what decides them."""
 
-    def __init__(self, method: nn.Module, net: nn.Module, train_mode: bool) -> None:
-        self.norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)] if train_mode else []
-        self.method, self.before = method, [m.track_running_stats for m in self.norms]
+    def __init__(
+        self, store: Store, probed: Probed, asked: Asked, kept: Kept, device: str, progress: Progress
+    ) -> None:
+        self.store, self.numbers, self.asked, self.kept = store, probed.numbers, asked, kept
+        self.device, self.progress = device, progress
+        self.seen: tuple[object, dict[str, np.ndarray]] | None = None  # the last networks' features
 
-    def __enter__(self) -> None:
-        self.kept = [(m.running_mean, m.running_var) for m in self.norms]
-        for m in self.norms:  # without running statistics a norm uses those of the batch, in eval mode too
-            m.track_running_stats, m.running_mean, m.running_var = False, None, None
+    def of(
+        self, name: str, method: nn.Module, run: Run, probed: Probed, parts: Sequence[Part]
+    ) -> list[tuple[str, list[tuple[np.ndarray, np.ndarray | None]]]]:
+        """(block, for each part (features, those to train on where they differ)), float32 (n, K, D)."""
+        if self.asked.train_mode:
+            moved = [self._moved(name, method, run, p) for p in parts]
+            return [(b, [(asked[b], learn[b]) for learn, asked in moved]) for b in self.asked.grids]
+        if self.seen is None or self.seen[0] is not method:
+            self.seen = (method, self._still(name, method, run))
+        return [(b, [(x, None)] * len(parts)) for b, x in self.seen[1].items()]
 
-    def __exit__(self, *_: object) -> None:
-        for m, track, (mean, var) in zip(self.norms, self.before, self.kept, strict=True):
-            m.track_running_stats, m.running_mean, m.running_var = track, mean, var
+    def _still(self, name: str, method: nn.Module, run: Run) -> dict[str, np.ndarray]:
+        asked, x = self.asked, dict[str, dict[str, np.ndarray]]()
+        each: tuple[tuple[Literal["a", "v"], Any], ...] = (("a", blocks.sound_blocks), ("v", blocks.picture_blocks))
+        for m, make in each:
+            if m in asked.modality:
+                how = self._how(m)
+                key = blocks.key_of(method, run, self.store, self.numbers, modality=m, train_mode=False, **how)
+
+                def computed(m: str = m, make: Any = make, how: dict[str, Any] = how) -> Mapping[str, np.ndarray]:
+                    return make(method, run, self.store, self.numbers, device=self.device,
+                                progress=self._say(f"{name} {m}"), **how)  # fmt: skip
+
+                x[m] = self.kept.arrays(key, computed)
+        if asked.modality != "av":
+            return x[asked.modality]
+        alone: dict[str, np.ndarray] = {m: found["conv5x"] for m, found in x.items()}
+        return {**alone, "a + v": np.concatenate([alone["v"], alone["a"]], 2)}
+
+    def _moved(self, name: str, method: nn.Module, run: Run, part: Part) -> tuple[dict[str, np.ndarray], ...]:
+        asked, how = self.asked, self._how("v")
+        order = np.concatenate([part.learned_on()[0], [-1], part.test]).astype("<i8")
+        key = blocks.key_of(method, run, self.store, self.numbers, modality="v", train_mode=asked.adam.epochs,
+                            part=hashlib.sha256(order.tobytes()).hexdigest()[:16], **how)  # fmt: skip
+
+        def computed() -> Mapping[str, np.ndarray]:
+            learn, test = moved_features(
+                method, run, self.store, self.numbers, part, epochs=asked.adam.epochs, device=self.device,
+                progress=self._say(f"{name} {part.name}"), **how,
+            )  # fmt: skip
+            return {f"{kind} {b}": x for kind, found in (("learn", learn), ("test", test)) for b, x in found.items()}
+
+        found = self.kept.arrays(key, computed)
+        return tuple({b: found[f"{kind} {b}"] for b in asked.grids} for kind in ("learn", "test"))
+
+    def _how(self, modality: str) -> dict[str, Any]:
+        asked = self.asked
+        how: dict[str, Any] = {"clips": asked.adam.clips, "grids": asked.grids, "how": asked.pooling(modality)}
+        return how | ({"frames": asked.frames} if modality == "v" and asked.frames else {})
+
+    def _say(self, stage: str) -> Callable[[int, int], None]:
+        return lambda done, total: self.progress(stage, done, total)
+
+
+__all__ = ["CLASSIFIERS", "PUBLISHED", "SCHEDULES", "SHOT_DRAWS", "STRENGTHS", "Asked", "adam", "bench", "logistic"]

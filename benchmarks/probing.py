@@ -13,7 +13,7 @@ Not here: the classifiers (`svm.py`, `linear.py`, `knn.py`) and the features (`b
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +61,7 @@ class Probed:
     classes: tuple[str, ...]
     parts: tuple[Part, ...]
     description: str
+    notes: tuple[str, ...] = ()  # what the table has to say of them
 
 
 def choose(
@@ -104,6 +105,7 @@ def choose(
                 f"{len(lacking)} of {len(numbers)} videos have no {word}", f"e.g. {store.key(int(lacking[0]))}",
                 f"--where has_{'sound' if m == 'a' else 'picture'}=true leaves them out",
             )  # fmt: skip
+    lost: tuple[str, ...] = ()
     classes = tuple(sorted({str(v) for v in values}))
     if len(classes) < 2:
         raise UsageError(f"one class only: {classes[0]}", "a probe tells classes apart", "--label COLUMN")
@@ -113,7 +115,8 @@ def choose(
         which = folds(keys, [str(v) for v in values], fold_count, fold_seed)
         parts, description = _by_fold(which), f"{fold_count} stratified folds, seed {fold_seed}"
     elif fold_column is not None and fold_column not in store.columns:
-        raise UsageError(f"{store.path} has no column {fold_column!r}", did_you_mean(fold_column, store.columns))
+        raise UsageError(f"{store.path} has no column {fold_column!r}", did_you_mean(fold_column, store.columns),
+                         "--fold-column COLUMN, or --folds 5; see avstore ls")  # fmt: skip
     elif fold_column is not None or (
         not split_columns and "fold" in store.columns and not [c for c in splits.columns_of(store) if c != "split"]
     ):
@@ -130,10 +133,12 @@ def choose(
                 "folds are tested in turn, so its test part would be trained on too",
                 f"--split {column}",
             )
+        lost = splits.lost(store, [column], folds=True, **selection)
         which = np.array([names.index(v) for v in given], np.int64)
         parts, description = _by_fold(which, names), f"official folds: column {column}"
     else:
         parts, description = _by_split(store, numbers, list(split_columns) or None)
+        lost = splits.lost(store, split_columns or splits.columns_of(store), **selection)
     for part in parts:
         missing = sorted(set(y[part.test].tolist()) - set(y[part.train].tolist()))
         if missing:
@@ -150,7 +155,7 @@ def choose(
                 "it chooses settings for the classes of the training part",
                 "--where leaves videos out",
             )
-    return Probed(numbers, y, classes, tuple(parts), description)
+    return Probed(numbers, y, classes, tuple(parts), description, lost)
 
 
 def _by_fold(which: np.ndarray, names: Sequence[str] = ()) -> list[Part]:
@@ -177,11 +182,19 @@ def _by_split(store: Store, numbers: np.ndarray, columns: Sequence[str] | None) 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Accuracy of one part, and what the classifier says about its setting."""
+    """Accuracy of one part, what the classifier says about its setting, and for each test video, in order, whether it
+    was right (1 or 0; empty where nobody noted it)."""
 
     part: str
     accuracy: float
     setting: str
+    right: tuple[int, ...] = ()
+
+
+def scored(part: Part, predicted: np.ndarray, labels: np.ndarray, setting: str = "") -> Outcome:
+    """The outcome of predicted classes (m,) of a part's test videos. labels: (n,), of all that are probed."""
+    right = predicted == labels[part.test]
+    return Outcome(part.name, float(right.mean()), setting, tuple(int(r) for r in right))
 
 
 def probe(x: np.ndarray, probed: Probed, classifier: Classifier, train_x: np.ndarray | None = None) -> list[Outcome]:
@@ -197,8 +210,7 @@ def probe(x: np.ndarray, probed: Probed, classifier: Classifier, train_x: np.nda
     for part in probed.parts:
         rows, inner = part.learned_on()
         scores, setting = classifier(learn[rows], probed.labels[rows], x[part.test], inner)
-        predicted = scores.mean(1).argmax(1)
-        out.append(Outcome(part.name, float((predicted == probed.labels[part.test]).mean()), setting))
+        out.append(scored(part, scores.mean(1).argmax(1), probed.labels, setting))
     return out
 
 
@@ -210,6 +222,9 @@ def few_shot(probed: Probed, shots: int, seed: int = 0) -> Probed:
     """
     from avstore import draws
 
+    if shots < 1:
+        raise UsageError(f"{shots} shots", "at least one training video of each class", "--shots 1")
+
     u = draws.uniform(seed, "probe", 1, probed.numbers, 0)[..., 0]
     parts = []
     for part in probed.parts:
@@ -218,7 +233,9 @@ def few_shot(probed: Probed, shots: int, seed: int = 0) -> Probed:
             mine = part.train[probed.labels[part.train] == c]
             if len(mine) < shots:
                 raise UsageError(
-                    f"{part.name}: {probed.classes[c]} has {len(mine)} training videos", f"{shots} shots were asked"
+                    f"{part.name}: {probed.classes[c]} has {len(mine)} training videos",
+                    f"{shots} shots were asked",
+                    f"--shots {len(mine)} or fewer",
                 )
             kept.append(mine[np.argsort(u[mine], kind="stable")[:shots]])
         train = np.sort(np.concatenate(kept))
@@ -237,12 +254,16 @@ def chance(probed: Probed) -> list[Outcome]:
 
 
 def row(features: str, block: str, outcomes: Sequence[Sequence[Outcome]]) -> dict[str, Any]:
-    """A row of the table: outcomes of each run or seed, each a list over parts. `sd`: over parts and runs."""
+    """A row of the table: outcomes of each run, seed or draw, each a list over parts. `sd`: over parts and these. With
+    one part alone `right` holds how often each of its videos was right, for `differences`; `table` takes it off."""
     each = [[o.accuracy for o in one] for one in outcomes]
     flat = [a for one in each for a in one]
     per_part = [float(np.mean([one[i].accuracy for one in outcomes])) for i in range(len(outcomes[0]))]
     settings = list(dict.fromkeys(o.setting for one in outcomes for o in one if o.setting))
+    only = [one[0].right for one in outcomes if len(one) == 1 and one[0].right]
+    right = np.mean(only, 0).tolist() if len(only) == len(outcomes) else None
     return {
+        **({"right": right} if right else {}),
         "features": features,
         "block": block,
         "top-1": float(np.mean(flat)),
@@ -253,6 +274,21 @@ def row(features: str, block: str, outcomes: Sequence[Sequence[Outcome]]) -> dic
         "values": per_part,
         "each": each,
     }
+
+
+def held_out(labels: np.ndarray, inner: np.ndarray | None, parts: int, seed: int = 0) -> np.ndarray | None:
+    """bool (t,): the training videos that choose a setting. The first of the inner folds whose classes the others have
+    too (a validation part is fold 0), else a seeded `parts`-th of each class; None where a class has one video only, so
+    that nothing can be spared."""
+    if inner is not None and len(set(inner.tolist())) > 1:
+        for fold in sorted(set(inner.tolist())):
+            held = inner == fold
+            if set(labels[held].tolist()) <= set(labels[~held].tolist()):
+                return held
+    smallest = int(np.bincount(labels)[np.unique(labels)].min())
+    if smallest < 2:
+        return None
+    return folds([str(i) for i in range(len(labels))], labels.tolist(), min(parts, smallest), seed) == 0
 
 
 def standardised(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -266,23 +302,25 @@ def standardised(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.nd
 def table(
     title: str, rows: list[dict[str, Any]], probed: Probed, notes: Sequence[str] = (), compared: Sequence[str] = ()
 ) -> Table:
-    """The table of a probe. compared: features whose rows of one block are tested against each other, over parts."""
+    """The table of a probe. compared: features whose rows of one block are tested against each other (`differences`).
+    `right` of the rows goes into the tests alone."""
+    tests = differences(rows, compared)
     counts = ", ".join(f"{len(p.train)}/{len(p.test)}" for p in probed.parts[:3])
     chosen = [len(p.val) for p in probed.parts if p.val is not None]
     return Table(
         title,
         COLUMNS,
-        rows,
+        [{k: v for k, v in r.items() if k != "right"} for r in rows],
         (
             f"{len(probed.numbers)} videos, {len(probed.classes)} classes; {probed.description}; trained on / tested "
-            f"on {counts}{' ...' if len(probed.parts) > 3 else ''}. sd: over parts and runs",
+            f"on {counts}{' ...' if len(probed.parts) > 3 else ''}. sd: over parts and repetitions",
             *(
                 [f"settings chosen on the validation part ({_few(chosen)} videos), which is then trained on too"]
                 if chosen
                 else []
             ),
             *notes,
-            *differences(rows, compared),
+            *tests,
         ),
     )
 
@@ -293,18 +331,20 @@ def _few(counts: Sequence[int]) -> str:
 
 def differences(rows: Sequence[dict[str, Any]], compared: Sequence[str]) -> list[str]:
     """A line with a paired test for each two of the `compared` features in each block (`paired.py`): over parts, and
-    over runs as well where both have as many (one seed each, in order), which alone helps where there is one part."""
+    over repetitions (runs, draws) as well where both have as many, in order. Of one part and one repetition: over its
+    test videos, which says whether these videos tell the two apart, and nothing of other seeds."""
     out = []
     for block in dict.fromkeys(r.get("block") for r in rows):
         mine = {r["features"]: r for r in rows if r.get("block") == block and r["features"] in compared}
         for one, other in itertools.combinations(mine, 2):
             a, b = (mine[n].get("each") or [mine[n]["values"]] for n in (one, other))
             many = len(a) == len(b) and len(a) > 1
+            told = "parts and repetitions" if many else "parts"
             pair = {n: [v for x in e for v in x] if many else mine[n]["values"] for n, e in ((one, a), (other, b))}
-            out += [
-                f"{block}, {line}" if block else line
-                for line in paired.lines(pair, "parts and runs" if many else "parts")
-            ]
+            if len(pair[one]) < 2 and mine[one].get("right") and mine[other].get("right"):
+                pair, told = {n: mine[n]["right"] for n in (one, other)}, "test videos"
+            more = " (of these videos; it says nothing of other seeds)" if told == "test videos" else ""
+            out += [f"{block}, {line}{more}" if block else f"{line}{more}" for line in paired.lines(pair, told)]
     return out
 
 
@@ -322,8 +362,3 @@ def names(runs: Sequence[Run]) -> list[str]:
         else:
             out.append(run.name)
     return out
-
-
-def by_name(published: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Rows of published figures, labelled as theirs."""
-    return [{"features": f"published: {name}", "top-1": value} for name, value in published.items()]

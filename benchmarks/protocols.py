@@ -91,7 +91,9 @@ def protocol(name: str) -> Protocol:
 def published_rows(name: str) -> list[dict[str, Any]]:
     """The published figures on a set, labelled, as rows of the table. UsageError for another set."""
     if name not in PUBLISHED:
-        raise UsageError(f"no published figures of {name!r}", did_you_mean(name, PUBLISHED))
+        raise UsageError(
+            f"no published figures of {name!r}", did_you_mean(name, PUBLISHED), f"--published {PUBLISHED[0]}"
+        )
     out = []
     for rows, ks, told in ((_ROWS, (1, 5, 10, 20, 50), "published"), (_UNCHECKED, (1, 5, 20), "published, unchecked")):
         for method, values in rows[name]:

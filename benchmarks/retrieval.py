@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from avstore.errors import AvstoreError, UsageError
+from benchmarks import splits
 from benchmarks.compared import DEFAULT, SHOWN, Progress, declared, of_run, random_encoders, require, scope
 from benchmarks.kept import Kept
 from benchmarks.rank import KS
@@ -83,6 +84,9 @@ def retrieval(
     everyone = np.unique(np.concatenate([np.concatenate([s.queries, s.gallery]) for s in all_sides]))
     labels = _labels(store, label, everyone, "class" in levels)
     results, notes, kept = Rankings(), list[str](), Kept(work)
+    if fold_count is None:
+        columns = [] if gallery or queries else split_columns or splits.columns_of(store)
+        notes += splits.lost(store, columns, **selection)
     used: set[int] = set()
     paths = {run: (run_paths or {}).get(run, Path("runs") / run) for run in runs}
     names = _names(store, paths, each)

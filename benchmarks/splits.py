@@ -6,6 +6,7 @@ A column `split` is one division; UCF101 and HMDB51 have three, in columns split
 averaged over them. Where a split has a training, a validation and a test part, the validation part chooses what is to
 be chosen; where it has no test part (Kinetics), the validation part is tested, and the split's name says so.
 
+`lost` tells of listed videos that the store could not decode: without it they would shrink a test part in silence.
 Not here: folds (`rank.folds`, `probing`), and what is done with the parts.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -58,6 +60,46 @@ def official(store: Store, numbers: np.ndarray, columns: Sequence[str] | None = 
             "--folds 5, or ingest with a list that has a column split",
         )
     return [_split(store, numbers, column, len(chosen) > 1 or column != "split") for column in chosen]
+
+
+def lost(
+    store: Store,
+    columns: Sequence[str],
+    *,
+    folds: bool = False,
+    where: Sequence[str] = (),
+    list: str | Path | Sequence[str] | None = None,
+    subset: int | None = None,
+    **_: object,
+) -> tuple[str, ...]:
+    """A line for each column that tests videos which are not ok in the store (failed, or still to be decoded).
+
+    folds: every value but none is tested, else the test part, or the validation part where there is none. `where` and
+    `list` as in a selection; of a `subset`, which is drawn from the ok videos, nothing is said.
+    """
+    if subset is not None:
+        return ()
+    from avstore.selection import parse_where, read_list, text_of
+
+    numbers = store.current
+    for column, wanted, values in parse_where(store, where):
+        mine = np.array([text_of(v) in values for v in store.column(column, numbers)], np.bool_)
+        numbers = numbers[mine == wanted]
+    if list is not None:
+        names = read_list(list) if isinstance(list, str | Path) else [str(n) for n in list]
+        numbers = numbers[np.isin(numbers, store.find(names))]
+    out = []
+    for column in columns:
+        given = np.array([text_of(v) for v in store.column(column, numbers)])
+        words = {"test"} if not len(given) else set(given.tolist())
+        tested = given != "" if folds else np.isin(given, sorted(TEST if TEST & words else VALIDATION))
+        bad = tested & ~store.ok[numbers]
+        if bad.any():
+            out.append(
+                f"{int(bad.sum())} of the {int(tested.sum())} videos that column {column} tests are not ok in the "
+                "store and are not asked: avstore ls --failed says why"
+            )
+    return tuple(out)
 
 
 def _split(store: Store, numbers: np.ndarray, column: str, named: bool) -> Split:

@@ -1,13 +1,14 @@
 """Which parts of a probe a run may be asked: those whose test videos it has not seen in pre-training.
 
 Runs of folds (`avstore train --fold i/n`) are asked their own fold, so that n runs of a seed make one whole answer. A
-run of another store, or of none of the tested videos, is asked everything. A run that has seen videos of every part is
-asked everything too, and a note says so.
+run of none of the tested videos is asked everything. So are a run that has seen videos of every part, and one of
+another store, of which nobody can tell; a note says so.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,12 +21,13 @@ if TYPE_CHECKING:
     from trainers.run import Run
 
 
-def parts_of(store: Store, run: Run, probed: Probed) -> tuple[tuple[Part, ...], int]:
-    """The parts that a run is asked, and how many videos tested in them it has seen: 0, or all parts are asked."""
+def parts_of(store: Store, run: Run, probed: Probed) -> tuple[tuple[Part, ...], int | None]:
+    """The parts that a run is asked, and how many videos tested in them it has seen: 0, or all parts are asked; None:
+    it is of another store."""
     try:
         run.snapshot.require_fits(store)
     except ConflictError:  # of another store: whether it holds the same media cannot be told
-        return probed.parts, 0
+        return probed.parts, None
     trained = run.snapshot.numbers
     counts = [int(np.isin(probed.numbers[p.test], trained).sum()) for p in probed.parts]
     fresh = tuple(p for p, n in zip(probed.parts, counts, strict=True) if not n)
@@ -40,11 +42,16 @@ def plan(
     names: the row of each run. UsageError where a row's runs do not make whole answers: each part as often as the next,
     or rows are asked different parts.
     """
-    asked, notes = [], []
+    asked, notes = [], [*probed.notes]
     for run in runs:
         parts, count = parts_of(store, run, probed)
         asked.append(parts)
-        if count:
+        if count is None:
+            notes.append(
+                f"{run.name} was trained on another store, {Path(run.snapshot.store).name}; whether these videos were "
+                "in it is not known"
+            )
+        elif count:
             tested = sum(len(p.test) for p in probed.parts)
             notes.append(f"{run.name} saw {count} of {tested} tested videos in pre-training, without labels")
     kept: tuple[Part, ...] | None = None

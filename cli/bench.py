@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli import console
+from cli import archive, console
 from cli.choose import open_store, selection
 from cli.store import Json, StoreArgument
 
@@ -77,6 +77,7 @@ def retrieval(
     json: Json = False,
 ) -> None:
     """R@k, mAP and MRR: video-video, audio-audio, video-audio, audio-video, with their controls."""
+    asked = dict(locals())
     from avstore.errors import UsageError
     from avstore.index import choose_run
     from benchmarks.retrieval import DEFAULT, LEVELS
@@ -148,6 +149,7 @@ def retrieval(
         from benchmarks.curve import draw
 
         say_drawn(draw(table, "R@1", curve or Path("retrieval-checkpoints.svg")))
+    archive.keep(opened, table, "retrieval", [Path(name).name for name in names], asked)
     if html is not None:
         from avstore.durable import write_atomic
         from benchmarks import page

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cli import console
+from cli import archive, console
 from cli.choose import open_store, selection
 from cli.store import Json, StoreArgument
 
@@ -74,9 +74,10 @@ def svm(
     json: Json = False,
 ) -> None:
     """One-vs-rest linear SVMs on sound, official folds (ESC-50, ESC-10, DCASE)."""
+    asked = dict(locals())
     from benchmarks import svm as bench
 
-    _run(bench.bench, store, run, checkpoint, all_checkpoints, curve, markdown, json, only=block or (), fixed=c,
+    _run(bench.bench, asked, only=block or (), fixed=c,
          with_oracle=oracle, augment=augment, published=published, work=work, clips=clips, seeds=seeds,
          controls=not no_raw, device=device, label=label, fold_column=fold_column, fold_count=folds,
          fold_seed=fold_seed, split_columns=split or (), **selection(where, list_, subset, seed))  # fmt: skip
@@ -91,13 +92,26 @@ def linear(
     folds: Folds = None,
     fold_seed: FoldSeed = 0,
     split: SplitColumns = None,
-    clips: Clips = 10,
+    classifier: Annotated[
+        str, typer.Option(help="adam (a or v), logistic or svm. Default: adam, with av logistic.")
+    ] = "",
+    frames: Annotated[int | None, typer.Option(help="Of a clip of pictures. Default: as in pre-training.")] = None,
+    clips: Annotated[
+        int | None, typer.Option(help="Clips of each video, evenly spaced. Default: the schedule's, 10 or 25.")
+    ] = None,
     block: Annotated[list[str] | None, typer.Option(help="conv2x ... conv5x, repeatable. Default: all.")] = None,
     shots: Annotated[int | None, typer.Option(help="Training videos of each class. Default: all.")] = None,
-    epochs: Annotated[int, typer.Option(help="Of the linear layer.")] = 12,
-    rate: Annotated[float, typer.Option(help="Its learning rate.")] = 1e-4,
-    train_mode: Annotated[bool, typer.Option("--train-mode", help="As published: batch statistics.")] = False,
-    published: Annotated[str | None, typer.Option(help="UCF101, HMDB51 or Kinetics-400: the papers' figures.")] = None,
+    shot_draws: Annotated[int, typer.Option(help="Draws of --shots: mean and spread over them.")] = 5,
+    schedule: Annotated[str, typer.Option(help="AVID's: kinetics (12 epochs) or ablation (20).")] = "kinetics",
+    epochs: Annotated[int | None, typer.Option(help="Of the linear layer. Default: the schedule's.")] = None,
+    rate: Annotated[float | None, typer.Option(help="Its learning rate. Default: the schedule's.")] = None,
+    repeats: Annotated[int, typer.Option(help="Trainings of the linear layer, from other seeds.")] = 1,
+    train_mode: Annotated[
+        bool, typer.Option("--train-mode", help="As published: the backbone's statistics move.")
+    ] = False,
+    published: Annotated[
+        str | None, typer.Option(help="UCF101, HMDB51, Kinetics-400, Kinetics-Sounds, ...: the papers' figures.")
+    ] = None,
     seeds: Seeds = 1,
     checkpoint: Checkpoint = "latest",
     all_checkpoints: AllCheckpoints = False,
@@ -113,10 +127,12 @@ def linear(
     json: Json = False,
 ) -> None:
     """Linear probes of each block (a or v), or of sight and sound together (av)."""
+    asked = dict(locals())
     from benchmarks import linear as bench
 
-    _run(bench.bench, store, run, checkpoint, all_checkpoints, curve, markdown, json, modality=modality,
-         only=block or (), shots=shots, epochs=epochs, rate=rate, train_mode=train_mode, published=published,
+    _run(bench.bench, asked, modality=modality,
+         classifier=classifier, frames=frames, schedule=schedule, only=block or (), shots=shots,
+         shot_draws=shot_draws, epochs=epochs, rate=rate, repeats=repeats, train_mode=train_mode, published=published,
          clips=clips, work=work, seeds=seeds, controls=not no_raw, device=device, label=label,
          fold_column=fold_column, fold_count=folds, fold_seed=fold_seed, split_columns=split or (),
          **selection(where, list_, subset, seed))  # fmt: skip
@@ -148,9 +164,10 @@ def knn(
     json: Json = False,
 ) -> None:
     """The vote of the nearest training videos, nothing trained."""
+    asked = dict(locals())
     from benchmarks import knn as bench
 
-    _run(bench.bench, store, run, checkpoint, all_checkpoints, curve, markdown, json, modality=modality,
+    _run(bench.bench, asked, modality=modality,
          ks=tuple(k) if k else bench.KS, clips=clips, work=work, seeds=seeds, controls=not no_raw, device=device,
          label=label, fold_column=fold_column, fold_count=folds, fold_seed=fold_seed,
          split_columns=split or (), **selection(where, list_, subset, seed))  # fmt: skip
@@ -158,26 +175,24 @@ def knn(
 
 def _run(
     bench: Any,
-    store: Path | None,
-    names: list[str] | None,
-    checkpoint: str,
-    every: bool,
-    curve: Path | None,
-    markdown: bool,
-    json: bool,
+    asked: dict[str, Any],
     **options: Any,
 ) -> None:
-    """Opens, measures each checkpoint that is asked for, draws, prints."""
+    """Opens, measures each checkpoint that is asked for, draws, keeps the table for the report, prints. asked: the
+    command's arguments."""
     from avstore.errors import UsageError
     from benchmarks.curve import over_checkpoints
     from trainers.run import find_run
 
+    names, every, checkpoint = asked["run"], bool(asked["all_checkpoints"]), str(asked["checkpoint"])
+    curve: Path | None = asked["curve"]
     if curve is not None and not every:
         raise UsageError("--curve without --all-checkpoints", "a curve is drawn over checkpoints", "--all-checkpoints")
-    opened = open_store(store)
+    opened = open_store(asked["store"])
     if not names:
         raise UsageError("no run is named", "a probe is of a run's networks", "--run runs/avid-cma; repeatable")
-    runs = [find_run(name) for name in names]
+    runs = [find_run(given) for given in names]
+    name = bench.__module__.rsplit(".", 1)[-1]
     with console.Progress("probe", "steps") as progress:
 
         def show(stage: str, done: int, total: int) -> None:
@@ -192,11 +207,12 @@ def _run(
     if every:
         from benchmarks.curve import draw
 
-        file = draw(table, "top-1", curve or Path(f"{bench.__module__.rsplit('.', 1)[-1]}-checkpoints.svg"))
+        file = draw(table, "top-1", curve or Path(f"{name}-checkpoints.svg"))
         console.say(f"wrote {file} ({console.size(file.stat().st_size)})")
-    if json:
+    archive.keep(opened, table, name, [r.name for r in runs], asked)
+    if asked["json"]:
         console.as_json(table.to_json())
-    elif markdown:
+    elif asked["markdown"]:
         console.data(table.to_markdown().rstrip())
     else:
         console.table(table)

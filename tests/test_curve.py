@@ -10,6 +10,7 @@ from tiny_run import config, store_in
 
 from avstore.errors import UsageError
 from benchmarks import curve
+from benchmarks.archive import archived
 from benchmarks.table import Table
 from cli.main import invoke
 from trainers import embed
@@ -83,5 +84,8 @@ def test_benches_draw_what_becomes_of_a_training(trained, bench, tmp_path, capsy
     if bench[0] == "knn":  # they differ in their seed alone: one row, two runs
         assert [(r["features"], r["of"]) for r in mine] == [("avid step 2", 4), ("avid step 4", 4)]
     assert tree.fromstring(out.read_text()).tag.endswith("svg") and "<polyline" in out.read_text()
+    kept = [json.loads(f.read_text()) for f in archived(store, ["run0"]) if f.name.startswith(bench[0])]
+    assert [k["rows"] for k in kept] == [table["rows"]] and kept[0]["runs"] == ["run0", "run1"]
+    assert bench[0] != "knn" or "last checkpoint, step 4" in table["notes"][-1]
     assert invoke([*base, *named, "--curve", str(out)]) == 2
     assert "--all-checkpoints" in capsys.readouterr().err

@@ -61,6 +61,22 @@ def test_lines_name_both_and_leave_out_what_does_not_pair() -> None:
         paired.sign_flip([np.nan])
 
 
+def test_one_part_and_one_run_are_compared_over_the_test_videos() -> None:
+    """Right on 9 and on 3 of 10 videos, 6 of which tell the two apart, all for the first: p = 2 / 2^6."""
+    part = probing.Part("test split", np.arange(2), np.arange(2, 12))
+    labels = np.array([0, 1] * 6)
+    rows = []
+    for name, wrong in (("avid", [3]), ("simclr", [2, 3, 4, 5, 6, 7, 8])):
+        predicted = labels[part.test].copy()
+        predicted[np.array(wrong) - 2] ^= 1
+        rows.append(probing.row(name, "conv5x", [[probing.scored(part, predicted, labels)]]))
+    assert [r["top-1"] for r in rows] == [0.9, 0.3]
+    table = probing.table("t", rows, probing.Probed(np.arange(12), labels, ("a", "b"), (part,), "planted"),
+                          compared=["avid", "simclr"])  # fmt: skip
+    assert "avid - simclr: +0.600" in table.notes[-1] and "over 10 test videos; sign-flip p 0.0312" in table.notes[-1]
+    assert "nothing of other seeds" in table.notes[-1] and all("right" not in r for r in table.rows)
+
+
 def test_probes_compare_methods_block_by_block() -> None:
     def outcomes(*accuracy: float) -> list[list[probing.Outcome]]:
         return [[probing.Outcome(f"fold {i}", a, "") for i, a in enumerate(accuracy)]]
@@ -73,7 +89,7 @@ def test_probes_compare_methods_block_by_block() -> None:
         probing.row("simclr", "conv5x", outcomes(0.2, 0.3)),
         probing.row("avid", "conv4x", outcomes(0.5, 0.5)),
         probing.row("random weights", "conv5x", outcomes(0.1, 0.1)),
-        *probing.by_name({"CrissCross": 0.9}),
+        {"features": "published: CrissCross", "top-1": 0.9},
     ]
     notes = probing.table("t", rows, probed, compared=["avid", "simclr"]).notes
     assert notes[1:] == ("conv5x, avid - simclr: +0.250 (sd 0.071) over 2 parts; sign-flip p 0.5, t-test p 0.126",)

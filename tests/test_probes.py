@@ -11,9 +11,15 @@ from tiny_run import config, store_in
 
 from avstore.errors import ConflictError, UsageError
 from benchmarks import blocks, knn, linear, probing, svm
+from benchmarks import published as figures
+from benchmarks.archive import archived
+from benchmarks.classifiers import SCHEDULES, Schedule, averaged
 from benchmarks.probing import Part, Probed
+from benchmarks.train_mode import moved_features, passes_of
 from cli.main import invoke
 from trainers.loop import train
+
+QUICK = Schedule(40, 1e-2, milestones=(20, 30))
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +42,8 @@ def planted(n: int = 60, classes: int = 3, clips: int = 4, noise: float = 0.3) -
     return x, Probed(np.arange(n), y, ("a", "b", "c")[:classes], parts, "planted")
 
 
-@pytest.mark.parametrize("classifier", [svm.svm(), svm.svm(fixed=1.0), linear.adam(40, 1e-2), linear.logistic(),
-                                        knn.neighbours(5)])  # fmt: skip
+@pytest.mark.parametrize("classifier", [svm.svm(), svm.svm(fixed=1.0), linear.adam(QUICK), linear.logistic(),
+                                        averaged(svm.svm()), knn.neighbours(5)])  # fmt: skip
 def test_what_can_be_told_apart_is_and_what_cannot_is_chance(classifier):
     x, probed = planted()
     outcomes = probing.probe(x, probed, classifier)
@@ -52,7 +58,7 @@ def test_what_can_be_told_apart_is_and_what_cannot_is_chance(classifier):
 
 def test_two_classes_work_with_every_classifier():
     x, probed = planted(40, 2)
-    for classifier in (svm.svm(), linear.adam(40, 1e-2), linear.logistic(), knn.neighbours(1)):
+    for classifier in (svm.svm(), linear.adam(QUICK), linear.logistic(), knn.neighbours(1)):
         assert np.mean([o.accuracy for o in probing.probe(x, probed, classifier)]) > 0.9
 
 
@@ -127,18 +133,127 @@ def test_features_of_a_run_are_its_network_s(trained):
         blocks.trunk(torch.nn.Linear(2, 2), "a")
 
 
-def test_train_mode_leaves_no_trace(trained):
+def test_train_mode_moves_statistics_by_training_videos_alone(trained):
+    """Batch statistics while the probe learns, moved running statistics for the test part, no trace afterwards."""
     store, run = trained
     method = blocks.with_weights(run)
     before = {k: v.clone() for k, v in method.state_dict().items()}
-    numbers = store.numbers[:4]
-    plain = blocks.picture_blocks(method, run, store, numbers, clips=1)["conv5x"]
-    with linear._Statistics(method, blocks.trunk(method, "v"), True):
-        leaky = blocks.picture_blocks(method, run, store, numbers, clips=1)["conv5x"]
-    assert not np.allclose(plain, leaky, atol=1e-3)
+    numbers = store.numbers[:8]
+    grids = {"conv5x": 1}
+
+    def moved(part: Part) -> tuple[np.ndarray, np.ndarray]:
+        learn, test = moved_features(method, run, store, numbers, part, clips=1, grids=grids, epochs=2)
+        return learn["conv5x"], test["conv5x"]
+
+    plain = blocks.picture_blocks(method, run, store, numbers, clips=1, grids=grids)["conv5x"]
+    learn, test = moved(Part("p", np.arange(4), np.arange(4, 8)))
+    assert not np.allclose(plain[4:], test[4:], atol=1e-3) and not np.allclose(learn[:4], plain[:4], atol=1e-3)
+    assert not learn[4:].any() and not test[:4].any()
+    _, fewer = moved(Part("p", np.arange(4), np.arange(6, 8)))
+    np.testing.assert_allclose(fewer[6:], test[6:], rtol=1e-4, atol=1e-5)  # test videos move nothing
+    _, other = moved(Part("p", np.arange(2, 6), np.arange(6, 8)))
+    assert not np.allclose(other[6:], test[6:], atol=1e-4)  # others trained on: other statistics
     after = method.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
-    assert (blocks.picture_blocks(method, run, store, numbers, clips=1)["conv5x"] == plain).all()
+    assert not any(m.training for m in method.modules())
+    assert passes_of(300, 10, 12) == 3 and passes_of(12, 1, 12) == 12 and passes_of(10**5, 10, 12) == 1
+
+
+def test_the_train_mode_of_a_bench_and_its_features_are_kept(trained, tmp_path, monkeypatch):
+    store, run = trained
+    options = {"clips": 1, "only": ["conv5x"], "seeds": 0, "controls": False, "fold_count": 2, "epochs": 1,
+               "train_mode": True, "work": tmp_path}  # fmt: skip
+    table = linear.bench(store, [run], **options)
+    assert any("backbone in train mode" in n for n in table.notes)
+    monkeypatch.setattr(blocks, "picture_blocks", None)
+    assert linear.bench(store, [run], **options).rows == table.rows
+
+
+def test_schedules_are_avids():
+    """methods.md 6.2: 12 epochs, x .1 after 6 and 9; the ablations 20, x .3 after 8, 12, 15, 18, 25 clips."""
+    kinetics, ablation = SCHEDULES["kinetics"], SCHEDULES["ablation"]
+    assert (kinetics.epochs, kinetics.decay, kinetics.milestones, kinetics.clips) == (12, 0.1, (6, 9), 10)
+    assert (ablation.epochs, ablation.decay, ablation.milestones, ablation.clips) == (20, 0.3, (8, 12, 15, 18), 25)
+    assert kinetics.shortened(4).milestones == (2, 3) and linear.Asked(schedule="ablation").adam == ablation
+    assert linear.Asked(schedule="ablation", clips=2, rate=0.1).adam.clips == 2
+    note = " ".join(linear.Asked().told())
+    assert "x 0.1 after epochs 6, 9 of 12" in note and "AVID: random augmented clips" in note
+
+
+def test_logistic_chooses_on_the_validation_part_and_standardises_without_it():
+    """Fold 0 marks who chooses. Its videos lie far out: were they in the mean, the others would be squeezed."""
+    rng = np.random.default_rng(0)
+    y = np.arange(40) % 2
+    x = (rng.normal(size=(40, 1, 6)) + 0.4 * (2 * y[:, None, None] - 1)).astype(np.float32)
+    inner = np.repeat([1, 0], [30, 10])
+    seen = []
+    real = probing.standardised
+
+    def noted(train, test):
+        seen.append((len(train), len(test)))
+        return real(train, test)
+
+    probing.standardised, before = noted, probing.standardised
+    try:
+        _, setting = linear.logistic()(x, y, x[:4], inner)
+        linear.logistic()(x, y, x[:4], None)
+    finally:
+        probing.standardised = before
+    assert seen == [(30, 10), (40, 4), (36, 4), (40, 4)]  # a marked fold; else a tenth
+    assert setting.startswith("C ")
+    assert probing.held_out(y, inner, 10).tolist() == (inner == 0).tolist()
+    assert probing.held_out(np.array([0, 1]), None, 10) is None  # a class of one video: nothing to spare
+    lone = np.array([0, 0, 1, 1])
+    assert probing.held_out(lone, np.array([0, 0, 1, 1]), 10).sum() == 2  # a fold with all of a class does not do
+
+
+def test_shots_are_drawn_several_times(trained):
+    store, run = trained
+    table = linear.bench(store, [run], modality="a", classifier="logistic", clips=1, seeds=0, shots=2, shot_draws=3,
+                         fold_count=2)  # fmt: skip
+    assert {r["features"]: r["of"] for r in table.rows} == {"avid": 6, "raw spectrogram": 6, "commonest class": 6}
+    assert any("3 draws of 2 training videos" in n for n in table.notes)
+    again = linear.bench(store, [run], modality="a", clips=1, seeds=0, repeats=2, fold_count=2, epochs=1,
+                         controls=False, only=["conv5x"])  # fmt: skip
+    assert again.rows[0]["of"] == 4
+
+
+def test_published_figures_stand_beside_what_compares():
+    def shown(name, **asked):
+        return {(r["features"].removeprefix("published: "), r["block"]): r["top-1"]
+                for r in figures.rows("linear", name, **asked)}  # fmt: skip
+
+    hmdb = shown("HMDB51", classifier="svm", frames=8, modality="v")
+    assert hmdb == {("CrissCross, Kinetics-Sound", ""): 0.457, ("CrissCross, Kinetics-400", ""): 0.5,
+                    ("CrissCross, AudioSet", ""): 0.562}  # fmt: skip
+    with pytest.raises(UsageError) as e:
+        figures.rows("linear", "HMDB51", classifier="adam", modality="v")
+    assert e.value.next == "--modality v --classifier svm --frames 8"
+    sounds = shown("Kinetics-Sounds", classifier="logistic", modality="av")
+    assert [sounds[f"CrissCross {w} the asynchronous loss, Kinetics-400", b] for b in ("a", "v", "a + v")
+            for w in ("without", "with")] == [0.432, 0.471, 0.533, 0.557, 0.65, 0.667]  # fmt: skip
+    kinetics = shown("Kinetics-400", classifier="adam", modality="v")
+    assert [v for (n, _), v in kinetics.items() if n.startswith("CrissCross")] == [0.39, 0.445, 0.501]
+    assert kinetics["Cross-AVID", "conv5x"] == 0.3995 and len(kinetics) == 10
+    esc = {(r["features"], r["setting"]): r["top-1"] for r in figures.rows("svm", "ESC-50")}
+    dcase = figures.rows("svm", "DCASE")
+    assert len(esc) == 26 and len(dcase) == 15 and all(s for _, s in esc) and all(r["setting"] for r in dcase)
+    assert [r["top-1"] for r in dcase if "CrissCross" in r["features"]] == [0.93, 0.96, 0.97]
+    assert [r["features"] for r in dcase if r["top-1"] is None] == ["published: Cross-AVID, Kinetics-400"]
+    with pytest.raises(UsageError, match="no published figures") as e:
+        figures.rows("svm", "ESC50")
+    assert "ESC-50" in e.value.why and e.value.next
+
+
+def test_raw_features_are_centred_by_training_alone():
+    """Two directions around a mean far off: without centring all cosines are 1. What is tested moves no mean."""
+    train = np.array([[[10.0, 11.0]], [[10.0, 9.0]]], np.float32)
+    labels = np.array([0, 1])
+    test = np.array([[[10.0, 9.5]]], np.float32)
+    alone, _ = knn.neighbours(2, centred=True)(train, labels, test, None)
+    both, _ = knn.neighbours(2, centred=True)(train, labels, np.concatenate([test, test + 50]), None)
+    assert alone[0, 0].argmax() == 1 and alone[0, 0, 1] == pytest.approx(1.0)
+    np.testing.assert_array_equal(alone[0], both[0])
 
 
 def test_the_benches_print_their_controls(trained, capsys, monkeypatch, tmp_path):
@@ -156,6 +271,10 @@ def test_the_benches_print_their_controls(trained, capsys, monkeypatch, tmp_path
         (f, b) for f in ("avid", "random weights") for b in ("a", "v", "a + v")
     ]
     assert {"raw spectrogram", "raw pixels and their change", "commonest class"} <= {r["features"] for r in rows}
+    kept = sorted(f.name.split("-")[0] for f in archived(store, [run.name]))
+    assert kept == ["linear", "svm"]
+    read = json.loads(archived(store, [run.name])[-1].read_text())
+    assert read["bench"] == "linear" and read["rows"] == rows and read["asked"]["modality"] == "av"
     work = ["--work", str(tmp_path / "work")]
     assert invoke(["bench", "knn", "--k", "1", "--no-raw", *work, *common]) == 0
     table = json.loads(capsys.readouterr().out)
@@ -180,6 +299,15 @@ def test_what_cannot_be_probed_is_told(trained, capsys):
         (["bench", "linear", "--run", str(run.path), "--split", "split", "--folds", "2", path], "--folds with --split"),
         (["bench", "knn", "--run", str(run.path), "--curve", "x.svg", path], "--all-checkpoints"),
         (["bench", "knn", "--run", str(run.path), "--where", "label=a", path], "one class only"),
+        (["bench", "linear", "--run", str(run.path), "--folds", "2", "--shots", "1000", path], "next: --shots 3 or fewer"),
+        (["bench", "svm", "--run", str(run.path), "--folds", "2", "--fold-column", "nope", path], "--folds with"),
+        (["bench", "svm", "--run", str(run.path), "--fold-column", "nope", path], "next: --fold-column COLUMN"),
+        (["bench", "svm", "--run", str(run.path), "--published", "ESC", path], "next: --published"),
+        (["bench", "linear", "--run", str(run.path), "--published", "UCF101", path], "next: --modality v"),
+        (["bench", "linear", "--run", str(run.path), "--modality", "a", "--train-mode", path], "--train-mode of sound"),
+        (["bench", "linear", "--run", str(run.path), "--classifier", "svm", "--repeats", "2", path], "--repeats with"),
+        (["bench", "linear", "--run", str(run.path), "--modality", "av", "--classifier", "adam", path], "next: --mod"),
+        (["bench", "knn", "--run", str(run.path), "--folds", "2", "--checkpoint", "777", path], "next: --checkpoint"),
         (["bench", "knn", "--run", str(run.path), "--where", "split=train", path], "no train and test split"),
     ):
         assert invoke(arguments) in (2, 4, 5), arguments
@@ -201,4 +329,4 @@ def test_seeds_pair_where_there_is_one_part():
     rows = [{"features": n, "block": "b", "values": [np.mean(e)], "each": [[v] for v in e]}
             for n, e in (("x", (0.5, 0.7)), ("y", (0.4, 0.3)), ("z", (0.2,)))]  # fmt: skip
     (line,) = probing.differences(rows, ["x", "y", "z"])  # z has one run: one pair says nothing
-    assert line.startswith("b, x - y: +0.250") and "over 2 parts and runs" in line
+    assert line.startswith("b, x - y: +0.250") and "over 2 parts and repetitions" in line

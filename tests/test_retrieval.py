@@ -94,6 +94,16 @@ def test_planted_embeddings_are_found_and_chance_is_exact(store: Store) -> None:
     assert table.to_markdown().count("\n|") == len(table.rows) + 2
 
 
+def test_queries_that_are_not_ok_are_told(tmp_path: Path) -> None:
+    videos = [Tiny(2, key=f"{i:02d}.mp4", label=LABELS[i % 3], split="test" if i < 6 else "train",
+                   status="failed" if i == 0 else "ok") for i in range(18)]  # fmt: skip
+    store = avstore.open(make_store(tmp_path / "s.zarr", videos, default_spec(sample_rate=24000)))
+    planted(store, "r")
+    told = "1 of the 6 videos that column split tests are not ok"
+    assert any(told in n for n in retrieval(store, ["r"], seeds=0, raw=False).notes)
+    assert not any(told in n for n in retrieval(store, ["r"], seeds=0, raw=False, fold_count=2).notes)
+
+
 def test_runs_of_one_method_are_one_row_with_their_spread(store: Store) -> None:
     planted(store, "a", noise=0.05)
     planted(store, "b", noise=4.0, seed=1)

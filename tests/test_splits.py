@@ -117,3 +117,17 @@ def test_sides_of_each_split_and_who_is_asked_which(store):
     assert [s.queries.tolist() for s in choose_sides(more, split_columns=["split2"])] == [[2, 3]]
     with pytest.raises(UsageError, match="--folds with --split"):
         choose_sides(more, split_columns=["split2"], fold_count=3)
+
+
+def test_tested_videos_that_are_not_ok_are_told(tmp_path):
+    """Two of four test videos failed, one training video too; selections narrow both counts; folds test everybody."""
+    videos = [Tiny(1, key=f"{i}.mp4", label="ab"[i % 2], split="test" if i < 4 else "train",
+                   status="failed" if i in (0, 1, 9) else "ok") for i in range(10)]  # fmt: skip
+    store = avstore.open(make_store(tmp_path / "s.zarr", videos))
+    (line,) = splits.lost(store, ["split"])
+    assert line.startswith("2 of the 4 videos that column split tests are not ok") and "avstore ls --failed" in line
+    assert splits.lost(store, ["split"], where=["label=b"])[0].startswith("1 of the 2")
+    assert splits.lost(store, ["split"], list=["0.mp4", "2.mp4", "3.mp4"])[0].startswith("1 of the 3")
+    assert splits.lost(store, ["split"], list=["2.mp4"]) == splits.lost(store, ["split"], subset=3) == ()
+    assert splits.lost(store, ["label"], folds=True)[0].startswith("3 of the 10")
+    assert line in probing.choose(store, modality="v").notes

@@ -89,7 +89,9 @@ class Run:
             if str(which) in (str(checkpoint.step), checkpoint.path.name):
                 return checkpoint
         raise NotFoundError(
-            f"the run {self.path} has no checkpoint {which!r}", f"there is: {', '.join(str(c.step) for c in found)}"
+            f"the run {self.path} has no checkpoint {which!r}",
+            f"there is: {', '.join(str(c.step) for c in found)}",
+            "--checkpoint latest, or one of these steps",
         )
 
     @property
