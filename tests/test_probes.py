@@ -299,7 +299,7 @@ def test_what_cannot_be_probed_is_told(trained, capsys):
         (["bench", "linear", "--run", str(run.path), "--split", "split", "--folds", "2", path], "--folds with --split"),
         (["bench", "knn", "--run", str(run.path), "--curve", "x.svg", path], "--all-checkpoints"),
         (["bench", "knn", "--run", str(run.path), "--where", "label=a", path], "one class only"),
-        (["bench", "linear", "--run", str(run.path), "--folds", "2", "--shots", "1000", path], "next: --shots 3 or fewer"),
+        (["bench", "linear", "--run", str(run.path), "--folds", "2", "--shots", "1000", path], "next: --shots 3"),
         (["bench", "svm", "--run", str(run.path), "--folds", "2", "--fold-column", "nope", path], "--folds with"),
         (["bench", "svm", "--run", str(run.path), "--fold-column", "nope", path], "next: --fold-column COLUMN"),
         (["bench", "svm", "--run", str(run.path), "--published", "ESC", path], "next: --published"),
