@@ -5,12 +5,15 @@ video's moments; one classifier, the same for every selector, scores them and th
 top-1 and macro mAP against k for the learned preview (`trainers.preview`, trained on the training part), random
 moments, evenly spaced ones, the first ones, and all of them.
 
-Several runs, or checkpoints of one, stand in one table; paired tests over parts and seeds compare the learned preview
-with every other selector of its run, and with the preview of every other run.
+Several runs, or checkpoints of one, stand in one table; paired tests compare the learned preview with every other
+selector of its run, and with the preview of every other run: over parts and seeds where there are some, and, at one
+part and one seed, over test videos (right or wrong). Of a student of Listen to Look the preview uses Psi and the
+classifier, and all selectors are scored on moments fused by Psi (`moments.py`).
 
 Declared, since the protocol is ours (clips-and-protocols.md 3): the classifier is a logistic regression on single
 moments of the training videos, standardised, so that no selector is favoured by how it was trained; cost is counted in
-moments, the preview's own cheap features not included; random is the mean of several draws.
+moments, the preview's own cheap features not included; random is the mean of several draws. The report's Table 7.1 is
+no row of this table: it is said beside it, for it states neither split nor metric.
 """
 
 from __future__ import annotations
@@ -28,18 +31,23 @@ from sklearn.metrics import average_precision_score
 from sklearn.preprocessing import StandardScaler
 
 from avstore import draws
-from avstore.errors import NotFoundError, UsageError
-from benchmarks import paired, probing
+from avstore.errors import UsageError, did_you_mean
+from benchmarks import look, moments, paired, probing
 from benchmarks.table import Table
+from trainers.preview import PRESETS, Preview, PreviewConfig, fit
 
 if TYPE_CHECKING:
     from avstore.store import Store
-    from trainers.run import Run
 
 BUDGETS = (1, 2, 3, 5, 10)
 COLUMNS = ("run", "selector", "moments", "top-1", "mAP", "sd of top-1", "of", "cost")
 LEARNED = "learned preview"
-TOWERS = ("video-trunk", "audio-trunk", "video", "audio")
+# methods.md 5.5; S2 gives neither split nor metric, and neither row is the headline figure of the original
+PUBLISHED = (
+    "published, as printed in the report's Table 7.1 (UCF101 / ActivityNet, neither split nor metric given): Listen to "
+    'Look, "ResNet-152" 73.5 / 35.5, "R(2+1)D-152" 82.5 / 47.0; Table 7.4 (UCF51 / ActivityNet): CCL, sound 64.9 / '
+    "36.5, image 69.1 / 46.3, both 70.0 / 47.3"
+)
 Selector = Callable[[np.ndarray, int], np.ndarray]
 Progress = Callable[[str, int, int], None]
 
@@ -71,17 +79,20 @@ def evaluate(
     budgets: Sequence[int] = BUDGETS,
     random_draws: int = 10,
     seed: int = 0,
+    fused: Sequence[np.ndarray] | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> list[dict[str, Any]]:
-    """Rows of the table. features: (n_i, D) moments of each video; select(training features, labels) -> a selector."""
+    """Rows of the table. features: (n_i, D) moments of each video; select(training features, labels) -> a selector;
+    fused: what the classifier of all selectors sees of them, if something else."""
+    seen = features if fused is None else fused
     if not budgets or min(budgets) < 1 or random_draws < 1:
         raise UsageError(f"budgets {list(budgets)}, {random_draws} draws", "moments to look at: 1 or more")
-    found: dict[tuple[str, int], list[tuple[float, float, float]]] = {}
+    found: dict[tuple[str, int], list[tuple[float, float, float, np.ndarray]]] = {}
     for p, part in enumerate(probed_parts):
         progress("untrimmed", p, len(probed_parts))
         learned = select([features[i] for i in part.train], labels[part.train])
-        score = _classifier([features[i] for i in part.train], labels[part.train], classes)
-        scored = [score(features[i]) for i in part.test]
+        score = _classifier([seen[i] for i in part.train], labels[part.train], classes)
+        scored = [score(seen[i]) for i in part.test]
         truth = labels[part.test]
         for k in budgets:
             chosen: dict[str, list[list[np.ndarray]]] = {
@@ -93,7 +104,7 @@ def evaluate(
             }  # fmt: skip
             for name, tries in chosen.items():
                 values = [_measure(scored, picks, truth, classes) for picks in tries]
-                found.setdefault((name, k), []).append(tuple(np.mean(values, 0)))  # type: ignore[arg-type]
+                found.setdefault((name, k), []).append(tuple(np.mean(v, 0) for v in zip(*values, strict=True)))  # type: ignore[arg-type]
         everything = [np.arange(len(s)) for s in scored]
         found.setdefault(("all", 0), []).append(_measure(scored, everything, truth, classes))
     return [_row(name, k, values) for (name, k), values in sorted(found.items(), key=lambda x: x[0][1] or 10**9)]
@@ -118,17 +129,17 @@ def _classifier(features: Sequence[np.ndarray], labels: np.ndarray, classes: int
 
 def _measure(
     scored: Sequence[np.ndarray], picks: Sequence[np.ndarray], truth: np.ndarray, classes: int
-) -> tuple[float, float, float]:
-    """(top-1, macro mAP over classes that occur, moments looked at per video)."""
+) -> tuple[float, float, float, np.ndarray]:
+    """(top-1, macro mAP over classes that occur, moments looked at per video, whether each video is right)."""
     mean = np.stack([s[p].mean(0) for s, p in zip(scored, picks, strict=True)])
-    top1 = float((mean.argmax(1) == truth).mean())
+    right = (mean.argmax(1) == truth).astype(np.float64)
     present = [c for c in range(classes) if (truth == c).any()]
     precision = float(np.mean([average_precision_score(truth == c, mean[:, c]) for c in present]))
-    return top1, precision, float(np.mean([len(p) for p in picks]))
+    return float(right.mean()), precision, float(np.mean([len(p) for p in picks])), right
 
 
-def _row(name: str, k: int, values: Sequence[tuple[float, float, float]]) -> dict[str, Any]:
-    top = [v[0] for v in values]
+def _row(name: str, k: int, values: Sequence[tuple[float, float, float, np.ndarray]]) -> dict[str, Any]:
+    top = [float(v[0]) for v in values]
     return {
         "selector": name,
         "moments": k or "all",
@@ -138,6 +149,7 @@ def _row(name: str, k: int, values: Sequence[tuple[float, float, float]]) -> dic
         "of": len(top),
         "cost": float(np.mean([v[2] for v in values])),
         "values": top,
+        "right": [round(float(r), 6) for v in values for r in v[3]],  # of each test video, part by part
     }
 
 
@@ -146,28 +158,31 @@ def together(tables: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]
     out = []
     for rows in zip(*tables, strict=True):
         top = [v for r in rows for v in r["values"]]
+        right = np.mean([r["right"] for r in rows], 0).round(6).tolist()
         mean = {c: float(np.mean([r[c] for r in rows])) for c in ("top-1", "mAP", "cost")}
         sd = float(np.std(top, ddof=1)) if len(top) > 1 else None
-        out.append({**rows[0], **mean, "sd of top-1": sd, "of": len(top), "values": top})
+        out.append({**rows[0], **mean, "sd of top-1": sd, "of": len(top), "values": top, "right": right})
     return out
 
 
 def differences(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Paired tests of top-1 over parts and seeds: each run's preview with its other selectors at each cost, and with
-    the other runs' previews."""
+    """Paired tests of top-1 over parts and seeds, of one part and seed over its test videos: each run's preview with
+    its other selectors at each cost, and with the other runs' previews."""
     out = []
     runs = list(dict.fromkeys(r.get("run") for r in rows))
+    alone = all(len(r["values"]) == 1 for r in rows)
+    over, what = ("right", "test videos") if alone else ("values", "parts and seeds")
     for k in dict.fromkeys(r["moments"] for r in rows if r["selector"] == LEARNED):
-        at = {(r.get("run"), r["selector"]): r["values"] for r in rows if r["moments"] == k}
+        at = {(r.get("run"), r["selector"]): r[over] for r in rows if r["moments"] == k}
         for run in runs:
             others = [s for (of, s) in at if of == run and s != LEARNED]
             values = {LEARNED: at[run, LEARNED], **{s: at[run, s] for s in others}}
             told = f"{run}, {k} moments" if len(runs) > 1 else f"{k} moments"
             out += [f"{told}: {line}" for s in others
-                    for line in paired.lines({n: values[n] for n in (LEARNED, s)}, "parts and seeds")]  # fmt: skip
+                    for line in paired.lines({n: values[n] for n in (LEARNED, s)}, what)]  # fmt: skip
         if len(runs) > 1:
             previews = {str(run): at[run, LEARNED] for run in runs}
-            out += [f"{k} moments, {LEARNED}: {line}" for line in paired.lines(previews, "parts and seeds")]
+            out += [f"{k} moments, {LEARNED}: {line}" for line in paired.lines(previews, what)]
     return out
 
 
@@ -177,152 +192,94 @@ def bench(
     *,
     budgets: Sequence[int] = BUDGETS,
     random_draws: int = 10,
+    preset: str = "paper",
     epochs: int | None = None,
     seed: int = 0,
     seeds: int = 1,
     checkpoints: Sequence[str | int] = (),
     run_paths: dict[str, Path] | None = None,
+    keep: Path | None = None,
     device: str = "auto",
     progress: Progress = lambda stage, done, total: None,
     **choice: Any,
 ) -> Table:
     """The table of `bench untrimmed` for the embeddings of one or several runs in the store (avstore embed), or, with
-    `checkpoints`, for what their networks give now; parts as the probes'. seeds: previews of each part, from `seed` on.
+    `checkpoints`, for what their networks give now; parts as the probes'. preset, epochs: of the preview; seeds:
+    previews of each part, from `seed` on; keep: the file that gets the first preview of the last run or checkpoint.
 
     NotFoundError where a video has no moment; UsageError as `probing.choose`.
     """
     names = [run] if isinstance(run, str) else list(dict.fromkeys(run))
     if not names or seeds < 1:
         raise UsageError(f"{len(names)} runs, {seeds} seeds", "at least one of each")
+    configs = [_preview_config(preset, s, epochs) for s in range(seed, seed + seeds)]
     rows: list[dict[str, Any]] = []
     compared: list[dict[str, Any]] = []
-    told = ""
+    notes: list[str] = []
     for name in names:
         for which in checkpoints or (None,):
             if which is None:
-                from avstore.index import embedded_runs
-
-                towers = _towers(embedded_runs(store).get(name, ()))
-                if not towers:
-                    raise NotFoundError(f"run {name} has no embeddings in {store.path}", "",
-                                        f"avstore embed {name} {store.path}")  # fmt: skip
-                probed = probing.choose(store, modality=_modality(towers), **choice)
-                features, sizes = _stored(store, name, probed.numbers, towers)
+                given = moments.of_store(store, name, choice)
                 more: dict[str, Any] = {"run": name}
             else:
                 from benchmarks.curve import place_of
                 from trainers.run import Run
 
                 opened = Run((run_paths or {}).get(name, Path("runs") / name))
-                probed, features, sizes = _computed(store, opened, which, device, choice)
+                given = moments.of_checkpoint(store, opened, which, device, choice)
                 step, epoch = place_of(opened, which)
                 more = {"run": f"{name} step {step}", "step": step, "epoch": epoch, "of run": name}
-            of_seeds = []
-            for s in range(seed, seed + seeds):
-                config = _preview_config(s, epochs)
-                of_seeds.append(_evaluated(features, probed, sizes, config, budgets, random_draws, s, progress))
+            of_seeds, previews = [], []
+            for config in configs:
+                found, fitted = _evaluated(given, config, budgets, random_draws, progress)
+                of_seeds.append(found)
+                previews.append(fitted)
             mine = [{**r, **more} for r in together(of_seeds)]
             rows += mine
             compared += mine if which is None or which == checkpoints[-1] else []
-            lengths = [len(f) for f in features]
-            told = (f"{len(features)} videos of {min(lengths)} to {max(lengths)} moments of a second, "
-                    f"{len(probed.classes)} classes; {probed.description}; one classifier for all selectors; cost: "
-                    "moments looked at per video; sd: over parts and seeds")  # fmt: skip
+            notes += [n for n in given.told if n not in notes]
+    if keep is not None:
+        look.keep(previews[0], given, f"{given.probed.parts[0].name}, seed {seed}", keep)
+    lengths = [len(f) for f in given.features]
+    told = (f"{len(lengths)} videos of {min(lengths)} to {max(lengths)} moments of a second, "
+            f"{len(given.probed.classes)} classes; {given.probed.description}; one classifier for all selectors; cost: "
+            "moments looked at per video; sd: over parts and seeds")  # fmt: skip
     return Table(
         f"moments of untrimmed videos, {', '.join(names)} in {store.path}",
         COLUMNS if len(names) > 1 or checkpoints else COLUMNS[1:],
         rows,
-        (told, "where videos are no longer than the budget every selector sees them whole", *differences(compared)),
-    )
+        (told, "where videos are no longer than the budget every selector sees them whole", *notes,
+         *differences(compared), PUBLISHED),
+    )  # fmt: skip
 
 
-def _preview_config(seed: int, epochs: int | None) -> Any:
-    from trainers import preview
-
-    return preview.PreviewConfig(seed=seed) if epochs is None else preview.PreviewConfig(seed=seed, epochs=epochs)
+def _preview_config(preset: str, seed: int, epochs: int | None) -> PreviewConfig:
+    if preset not in PRESETS:
+        raise UsageError(f"no preset {preset!r} of the preview", did_you_mean(preset, PRESETS), "--preset tiny")
+    chosen = dataclasses.replace(PRESETS[preset], seed=seed)
+    return chosen if epochs is None else dataclasses.replace(chosen, epochs=epochs)
 
 
 def _evaluated(
-    features: Sequence[np.ndarray],
-    probed: probing.Probed,
-    sizes: tuple[int, ...],
-    config: Any,
-    budgets: Sequence[int],
-    random_draws: int,
-    seed: int,
-    progress: Progress,
-) -> list[dict[str, Any]]:
-    from trainers import preview
+    given: moments.Given, config: PreviewConfig, budgets: Sequence[int], random_draws: int, progress: Progress
+) -> tuple[list[dict[str, Any]], Preview]:
+    """(rows, the preview of the first part)."""
+    import torch
+
+    fitted: list[Preview] = []
+    classes = len(given.probed.classes)
 
     def select(train: Sequence[np.ndarray], labels: np.ndarray) -> Selector:
-        return preview.fit(train, labels, len(probed.classes), sizes, config=config).choose
+        looks = fit(train, labels, classes, given.widths, fusion=given.fusion, classifier=given.classifier,
+                    config=config)  # fmt: skip
+        fitted.append(looks)
+        return looks.choose
 
-    parts = [dataclasses.replace(p, train=p.learned_on()[0], val=None) for p in probed.parts]
-    return evaluate(features, probed.labels, parts, select, classes=len(probed.classes), budgets=budgets,
-                    random_draws=random_draws, seed=seed, progress=progress)  # fmt: skip
-
-
-def _towers(there: Sequence[str]) -> list[str]:
-    """Trunks where there are some, else heads."""
-    towers = [t for t in TOWERS if t in there]
-    return [t for t in towers if t.endswith("-trunk")] or towers[:2]
-
-
-def _modality(towers: Sequence[str]) -> str:
-    return "".join(m for m, t in (("v", "video"), ("a", "audio")) if any(x.startswith(t) for x in towers))
-
-
-def _stored(
-    store: Store, run: str, numbers: np.ndarray, towers: Sequence[str]
-) -> tuple[list[np.ndarray], tuple[int, ...]]:
-    """(moments of each video, width of each tower), from the embeddings in the store."""
-    from trainers import preview
-
-    found = preview.moments(store, run, numbers, towers)
-    empty = [int(n) for n in numbers if int(n) not in found or not len(found[int(n)].features)]
-    if empty:
-        raise NotFoundError(
-            f"{len(empty)} videos have no moment in the embeddings of {run}, e.g. {store.key(empty[0])}",
-            "they came after the last embed, or lack a modality",
-            f"avstore embed {run} {store.path}",
-        )
-    return [found[int(n)].features for n in numbers], _widths(store, run, towers)
-
-
-def _computed(
-    store: Store, run: Run, which: str | int, device: str, choice: dict[str, Any]
-) -> tuple[probing.Probed, list[np.ndarray], tuple[int, ...]]:
-    """(who is probed, moments of each video, width of each tower), of a checkpoint's networks; nothing is written."""
-    from trainers.embed import Embedder, embed_videos
-
-    method = run.load(which)
-    sizes = Embedder(method, run, store.spec.sample_rate, device).sizes()
-    towers = _towers(list(sizes))
-    if not towers:
-        raise NotFoundError(f"{run.path} has no towers of pictures or sound", f"it has {', '.join(sizes)}")
-    probed = probing.choose(store, modality=_modality(towers), **choice)
-    found = embed_videos(method, run, store, probed.numbers, device=device)
-    return probed, joined([found[t] for t in towers], probed.numbers), tuple(sizes[t] for t in towers)
-
-
-def joined(towers: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], numbers: np.ndarray) -> list[np.ndarray]:
-    """Moments (n_i, D) of each video, D = the towers' widths together: every second of the first tower, with that of
-    the others beside it, zeros where they have none. towers: (vectors, video numbers, seconds) of each."""
-    places = [{(int(n), int(s)): i for i, (n, s) in enumerate(zip(video, second, strict=True))}
-              for _, video, second in towers]  # fmt: skip
-    seconds_of: dict[int, list[int]] = {}
-    for n, s in sorted(places[0]):
-        seconds_of.setdefault(n, []).append(s)
-    out = []
-    for n in numbers.tolist():
-        seconds = seconds_of[n]
-        parts = [np.stack([x[at[n, s]] if (n, s) in at else np.zeros(x.shape[1], x.dtype) for s in seconds])
-                 for (x, _, _), at in zip(towers, places, strict=True)]  # fmt: skip
-        out.append(np.concatenate(parts, 1).astype(np.float32))
-    return out
-
-
-def _widths(store: Store, run: str, towers: Sequence[str]) -> tuple[int, ...]:
-    from avstore.durable import read_json
-
-    return tuple(int(read_json(store.path / "embeddings" / run / tower / "zarr.json")["shape"][1]) for tower in towers)
+    fused = None
+    if given.fusion is not None:
+        with torch.no_grad():
+            fused = [given.fusion.eval()(torch.from_numpy(x)).numpy() for x in given.features]
+    parts = [dataclasses.replace(p, train=p.learned_on()[0], val=None) for p in given.probed.parts]
+    rows = evaluate(given.features, given.probed.labels, parts, select, classes=classes, budgets=budgets,
+                    random_draws=random_draws, seed=config.seed, fused=fused, progress=progress)  # fmt: skip
+    return rows, fitted[0]

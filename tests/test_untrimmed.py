@@ -6,13 +6,15 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from tiny_run import config, store_in
 
-from avstore.errors import UsageError
-from benchmarks import untrimmed
+from avstore.errors import CorruptError, UsageError
+from benchmarks import look, moments, untrimmed
 from benchmarks.probing import Part
 from cli.main import invoke
 from trainers import embed, preview
+from trainers.config import resolve
 from trainers.loop import train
 
 
@@ -63,7 +65,8 @@ def test_a_preview_finds_what_chance_misses():
 def test_on_the_command_line(tmp_path, capsys):
     store = store_in(tmp_path, codec="jpeg")
     run = train("avid", store, config("steps=2"), tmp_path / "runs" / "mine").run
-    asked = ["bench", "untrimmed", str(store.path), "--folds", "2", "--budget", "1", "--epochs", "1", "--json"]
+    asked = ["bench", "untrimmed", str(store.path), "--folds", "2", "--budget", "1", "--epochs", "1",
+             "--preset", "tiny", "--json"]  # fmt: skip
     assert invoke(asked) in (2, 4)  # nothing is embedded yet
     capsys.readouterr()
     embed.embed(run, store)
@@ -89,14 +92,122 @@ def test_what_networks_give_now_is_what_is_stored(tmp_path):
     """Moments joined over towers: zeros where sound is missing; the same from a checkpoint as from the store."""
     x = (np.array([[1.0], [2.0], [3.0]]), np.array([5, 5, 4]), np.array([1, 0, 0]))
     y = (np.array([[7.0]]), np.array([5]), np.array([1]))
-    four, five = untrimmed.joined([x, y], np.array([4, 5]))
-    assert four.tolist() == [[3, 0]] and five.tolist() == [[2, 0], [1, 7]]
+    four, five = moments.joined([x, y], np.array([4, 5]))
+    assert four.features.tolist() == [[3, 0]] and five.features.tolist() == [[2, 0], [1, 7]]
+    assert four.seconds.tolist() == [0] and five.seconds.tolist() == [0, 1]
     store = store_in(tmp_path, codec="jpeg")
     run = train("avid", store, config("steps=2"), tmp_path / "runs" / "mine").run
     embed.embed(run, store)
     towers = ["video-trunk", "audio-trunk"]
-    stored, sizes = untrimmed._stored(store, "mine", store.numbers, towers)
-    probed, now, widths = untrimmed._computed(store, run, "latest", "cpu", {"fold_count": 2})
-    assert sizes == widths and probed.numbers.tolist() == store.numbers.tolist()
-    for a, b in zip(stored, now, strict=True):
-        np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3)
+    stored, sizes = moments.stored(store, "mine", store.numbers, towers)
+    now = moments.of_checkpoint(store, run, "latest", "cpu", {"fold_count": 2})
+    assert sizes == now.widths and now.probed.numbers.tolist() == store.numbers.tolist()
+    for a, b in zip(stored, now.moments, strict=True):
+        np.testing.assert_allclose(a.features, b.features, rtol=2e-3, atol=2e-3)
+        assert a.seconds.tolist() == b.seconds.tolist()
+    assert now.fusion is None and now.classifier is None  # no student
+    assert any("saw 10 of 12 tested videos" in n for n in now.told)
+
+
+def test_one_part_and_one_seed_are_compared_over_test_videos():
+    features, labels = planted(60)
+    part = Part("half", np.arange(0, 40), np.arange(40, 60))
+
+    def loudest(train, train_labels):
+        return lambda x, k: x[:, 7].argsort()[::-1][:k]
+
+    rows = untrimmed.evaluate(features, labels, [part], loudest, classes=3, budgets=(1,), random_draws=4)
+    found = {r["selector"]: r for r in rows}
+    for r in rows:
+        assert len(r["right"]) == 20 and np.mean(r["right"]) == pytest.approx(r["top-1"])
+    assert set(found["random"]["right"]) <= {0, 0.25, 0.5, 0.75, 1}
+    told = untrimmed.differences(rows)
+    line = next(n for n in told if n.startswith("1 moments: learned preview - random"))
+    mean = found["learned preview"]["top-1"] - found["random"]["top-1"]
+    assert f"random: {mean:+.3f}" in line and "over 20 test videos" in line
+    assert mean > 0.2 and float(line.split("sign-flip p ")[1].split(",")[0]) < 0.01
+    # two parts: over them, as everywhere
+    both = [part, Part("b", part.test, part.train)]
+    two = untrimmed.evaluate(features, labels, both, loudest, classes=3, budgets=(1,))
+    assert any("over 2 parts and seeds" in n for n in untrimmed.differences(two))
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    """A store, a run of AVID and a student of it, both embedded; cwd beside their runs."""
+    folder = tmp_path_factory.mktemp("student")
+    store = store_in(folder)
+    avid = train("avid", store, config("steps=2"), folder / "runs" / "avid").run
+    small = "width=4 hidden=16 dim=32 frames=4 size=32 seconds=0.5 batch=5 epochs=2 draws=1 statistics_clips=16"
+    sets = [*small.split(), "in_process=true", "threads=1", "precision=fp32", f"teacher={avid.path}"]
+    asked = resolve("listen-to-look", preset="tiny", sets=sets)
+    run = train("listen-to-look", store, asked, folder / "runs" / "listen-to-look").run
+    embed.embed(run, store)
+    return store, run
+
+
+def test_the_preview_of_a_student_uses_its_fusion_and_classifier(student, monkeypatch):
+    store, run = student
+    given = moments.of_store(store, "listen-to-look", {})
+    method = run.load()
+    assert given.towers == ("video-trunk", "audio-trunk") and given.fusion.inputs == sum(given.widths)
+    for a, b in zip(given.fusion.parameters(), method.fusion.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(given.classifier.weight, method.classifier.weight)  # its classes are the store's, in order
+    swapped, _, told = moments.student(method, given.towers, ("b", "a"), "x")[1], *moments.student(
+        method, given.towers, ("b", "a", "c"), "x")[1:]  # fmt: skip
+    assert torch.equal(swapped.weight, method.classifier.weight[[1, 0]]) and "other classes" in told[0]
+    # the preview that is fitted, and the moments that all selectors are scored on, are Psi's
+    fitted, scored = [], []
+    real = untrimmed.fit
+
+    def fit(*args, **options):
+        fitted.append((options["fusion"], options["classifier"]))
+        return real(*args, **options)
+
+    def classifier(features, labels, classes):
+        scored.append(features)
+        return lambda x: np.full((len(x), classes), 1 / classes)
+
+    monkeypatch.setattr(untrimmed, "fit", fit)
+    monkeypatch.setattr(untrimmed, "_classifier", classifier)
+    table = untrimmed.bench(store, "listen-to-look", budgets=(1,), random_draws=1, preset="tiny", epochs=1)
+    ((psi, start),) = fitted
+    assert torch.equal(psi[0].weight, method.fusion[0].weight) and torch.equal(start.bias, method.classifier.bias)
+    assert {x.shape[1] for x in scored[0]} == {32}
+    assert any("is a student: its Psi" in n for n in table.notes) and any("73.5 / 35.5" in n for n in table.notes)
+    with pytest.raises(UsageError, match="no preset"):
+        untrimmed.bench(store, "listen-to-look", preset="tny")
+
+
+def test_a_preview_is_kept_and_says_where_it_looks(student, tmp_path, capsys):
+    store, _ = student
+    file, key = tmp_path / "look.safetensors", store.key(int(store.numbers[-1]))
+    asked = ["bench", "untrimmed", str(store.path), "--preset", "tiny", "--epochs", "2", "--budget", "1"]
+    assert invoke([*asked, "--look", key]) == 2  # by which preview?
+    assert invoke([*asked, "--keep", str(file), "--look", key, "--json"]) == 0
+    first = json.loads([x for x in capsys.readouterr().out.splitlines() if x][-1])["looks"]
+    again = ["bench", "untrimmed", str(store.path), "--preview", str(file), "--look", key, "--budget", "2"]
+    assert invoke([*again, "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["looks"]
+    given = moments.of_store(store, "listen-to-look", {})
+    at = given.probed.numbers.tolist().index(int(store.numbers[-1]))
+    looks = look.kept(file)
+    assert (
+        found["seconds"] == looks.choose(given.features[at], 2).tolist() and first[0]["seconds"] == found["seconds"][:1]
+    )
+    np.testing.assert_allclose(found["attention"], looks.attention(given.features[at]).mean(0), atol=1e-5)
+    assert sum(found["attention"]) == pytest.approx(1, abs=1e-4) and found["moments"] == [0, 1]
+    assert (found["key"], found["run"], found["label"], found["told"] in "ab") == (key, "listen-to-look", "b", True)
+    assert looks.about["part"] == "test split, seed 0" and looks.fusion is not None
+    assert invoke(again) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"{key}: listen-to-look looks at ") and "<- 1" in text and "<- 2" in text
+    refused = ((["--look", "none.mp4"], 4, "has no video"), (["--keep", str(file), "--look", key], 2, "keeps nothing"),
+               ([], 2, "keeps nothing"))  # fmt: skip
+    for words, code, told in refused:
+        assert invoke(["bench", "untrimmed", str(store.path), "--preview", str(file), *words]) == code
+        assert told in capsys.readouterr().err
+    looks.save(tmp_path / "bare.safetensors", {})
+    with pytest.raises(CorruptError, match="does not say"):
+        look.kept(tmp_path / "bare.safetensors")

@@ -6,7 +6,7 @@ found so far decides the next question. Trained with nothing but the video's cla
 
     moments = preview.moments(store, "listen-to-look", numbers)          # of `avstore embed`, one a second
     features = [moments[n].features for n in numbers]
-    looks = preview.fit(features, labels, classes=8, widths=(512, 512), fusion=student.fusion)
+    looks = preview.fit(features, labels, classes=8, widths=(512, 512), fusion=student.fusion)   # PRESETS["paper"]
     where = looks.choose(features[0], budget=5)                          # indices into its moments, in order of choice
     looks.scores(features[0], where)                                     # class probabilities from these alone
 
@@ -81,6 +81,12 @@ class PreviewConfig:
             raise UsageError("the configuration of the preview does not hold", "; ".join(wrong))
 
 
+# a few dozen videos on a CPU: every epoch has several steps, and the classifier learns as fast as the rest [ours]
+TINY = PreviewConfig(steps=4, hidden=128, dim=64, learning_rate=0.05, classifier_rate=1.0, batch=16, epochs=60,
+                     milestones=(40, 52))  # fmt: skip
+PRESETS = {"paper": PreviewConfig(), "tiny": TINY}
+
+
 @dataclass(frozen=True)
 class Moments:
     """A video's: features float32 (n, D), modality by modality; seconds int64 (n,), where each begins."""
@@ -134,6 +140,7 @@ class Preview(nn.Module):
             self.classifier = nn.Linear(fused, classes) if classifier is None else copy.deepcopy(classifier)
         self.fusion = None if fusion is None else copy.deepcopy(fusion).eval().requires_grad_(False)
         self.losses: list[float] = []  # of the epochs of `fit`
+        self.about: dict[str, Any] = {}  # what `save` was told of it
 
     def train(self, mode: bool = True) -> Preview:
         """As of any module, but for Psi: frozen, so always as in evaluation."""
@@ -234,14 +241,19 @@ class Preview(nn.Module):
 
     # -- files -------------------------------------------------------------------------------------------------------
 
-    def save(self, path: str | Path) -> None:
-        """Weights and settings as one .safetensors file."""
-        from safetensors.torch import save_file
+    def save(self, path: str | Path, about: dict[str, Any] | None = None) -> None:
+        """Weights and settings as one .safetensors file, and what else is to be known of it (plain values): `load`
+        gives it back as `about`. The file appears whole or not at all."""
+        from safetensors.torch import save
+
+        from avstore.durable import write_atomic
 
         layers = [] if self.fusion is None else [m for m in self.fusion if isinstance(m, nn.Linear)]
         made = {"widths": self.widths, "classes": self.classes, "config": asdict(self.config),
-                "fusion": [layers[0].in_features, *(m.out_features for m in layers)] if layers else None}  # fmt: skip
-        save_file({k: x.contiguous() for k, x in self.state_dict().items()}, path, {"preview": json.dumps(made)})
+                "fusion": [layers[0].in_features, *(m.out_features for m in layers)] if layers else None,
+                "about": self.about if about is None else about}  # fmt: skip
+        tensors = {k: x.contiguous() for k, x in self.state_dict().items()}
+        write_atomic(Path(path), save(tensors, {"preview": json.dumps(made)}))
 
 
 def load(path: str | Path) -> Preview:
@@ -259,6 +271,7 @@ def load(path: str | Path) -> Preview:
             made["widths"], made["classes"], config, Projector(made["fusion"]) if made["fusion"] else None
         )
         preview.load_state_dict(weights)
+        preview.about = dict(made.get("about") or {})
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as e:
         raise CorruptError(f"{path} is no preview", str(e).splitlines()[0], "use another file") from e
     return preview.eval()
