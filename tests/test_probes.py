@@ -330,3 +330,15 @@ def test_seeds_pair_where_there_is_one_part():
             for n, e in (("x", (0.5, 0.7)), ("y", (0.4, 0.3)), ("z", (0.2,)))]  # fmt: skip
     (line,) = probing.differences(rows, ["x", "y", "z"])  # z has one run: one pair says nothing
     assert line.startswith("b, x - y: +0.250") and "over 2 parts and repetitions" in line
+
+
+def test_each_network_has_a_control_of_its_own(trained, tmp_path):
+    """Two runs of one shape share the random networks, one of another width has its own: 2 x 2 parts."""
+    store, run = trained
+    other = train("avid", store, config("steps=1", "learning_rate=0.1"), tmp_path / "other").run
+    wide = train("avid", store, config("steps=1", "width=8"), tmp_path / "wide").run
+    options = {"modality": "a", "clips": 1, "seeds": 1, "controls": False, "fold_count": 2}
+    for bench, more in ((knn.bench, {"ks": (1,)}), (linear.bench, {"classifier": "logistic"})):
+        rows = {r["features"]: r for r in bench(store, [run, other, wide], **options, **more).rows}
+        assert list(rows) == ["mine", "other", "wide", "random weights", "commonest class"]
+        assert rows["random weights"]["of"] == 4 and rows["wide"]["of"] == 2
