@@ -187,8 +187,9 @@ def configuration(
     """
     h = hashlib.sha256(canonical_json(list(probed.classes)))
     for part in probed.parts:
-        for rows in (part.train, part.test, part.val if recipe.select == "validation" else None):
-            for x in (probed.numbers, probed.labels) if rows is not None else ():
+        chosen_by = [part.val] if part.val is not None and recipe.select == "validation" else []
+        for rows in (part.train, part.test, *chosen_by):
+            for x in (probed.numbers, probed.labels):
                 h.update(f"{len(rows)}:".encode() + np.ascontiguousarray(x[rows], "<i8").tobytes())
     return {"format": 2, "store": store.fingerprint, "label": label, "parts": probed.description,
             "videos": h.hexdigest()[:16], "rates": dict(rates or {}), **recipe.to_json()}  # fmt: skip
