@@ -210,3 +210,21 @@ def test_a_run_of_before_has_no_larc_whatever_the_paper_s_preset_says_now() -> N
     assert (loop.larc, loop.final_rate, loop.sound_crop, before.method.predictor_rate) == (0.0, 0.0, (), 0.0)
     assert before.loop.epochs == 3 and before.digest != now.digest
     assert RunConfig.from_json(now.to_json()).digest == now.digest
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_a_gradient_that_comes_after_the_others(nesterov: bool) -> None:
+    """A student that waits while its teacher learns: torch's fused SGD refuses it, ours goes on as the unfused does."""
+    ours, theirs = Two(), Two()
+    theirs.load_state_dict(ours.state_dict())
+    config = replace(SGD, learning_rate=0.01, momentum=0.9, nesterov=nesterov)
+    made = make_optimiser(ours, config)
+    plain = torch.optim.SGD(theirs.parameters(), 0.01, momentum=0.9, weight_decay=0.1, nesterov=nesterov, fused=False)
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    for n in range(4):
+        for net, optimiser in ((ours, made), (theirs, plain)):
+            optimiser.zero_grad()
+            (net.trunk(x).square().sum() if n < 2 else net(x)).backward()
+            optimiser.step()
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)

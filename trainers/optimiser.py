@@ -55,6 +55,8 @@ def make_optimiser(module: nn.Module, config: TrainConfig) -> torch.optim.Optimi
             nesterov=config.nesterov,
             fused=True,
         )
+        if config.momentum:
+            optimiser.register_step_pre_hook(_late_buffers)
     else:
         kind = torch.optim.AdamW if config.optimiser == "adamw" else torch.optim.Adam
         optimiser = kind(groups, config.learning_rate, weight_decay=decay, fused=True)
@@ -63,6 +65,17 @@ def make_optimiser(module: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     if config.larc:
         optimiser.register_step_pre_hook(functools.partial(_larc, trust=config.larc, decay=config.weight_decay))
     return optimiser
+
+
+def _late_buffers(optimiser: torch.optim.Optimizer, *_: object) -> None:
+    """A momentum of zeros for parameters whose first gradient comes after others' (a student that waited): torch's
+    fused SGD refuses a group of which some have one. Its unfused one begins with the gradient: 0 * momentum + g."""
+    for group in optimiser.param_groups:
+        given = [p for p in group["params"] if p.grad is not None]
+        late = [p for p in given if optimiser.state.get(p, {}).get("momentum_buffer") is None]
+        if len(late) < len(given):
+            for p in late:
+                optimiser.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
 
 
 def larc_(parameter: Tensor, gradient: Tensor, rate: float, trust: float, decay: float) -> None:
