@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -14,17 +15,21 @@ import torch
 from tiny_run import config, store_in, tensors
 
 from trainers import loop
+from trainers.config import RunConfig, resolve
+from trainers.metrics import read_metrics
 from trainers.run import Run
 
 CHILD = """
-import sys
+import json, sys
 sys.path[:0] = [{tests!r}, {root!r}]
 import avstore, test_processes
-from tiny_run import config
+from trainers.config import RunConfig
 from trainers.loop import train
 test_processes.with_global_statistics()
+config = RunConfig.from_json(json.loads({config!r}))
+{before}
 notes = []
-result = train("avid", avstore.open({store!r}), config({sets}), {run!r}, on_event=notes.append)
+result = train(config.name, avstore.open({store!r}), config, {run!r}, on_event=notes.append)
 print(result.step, [n.text for n in notes if n.kind == "note"])
 """
 # Well conditioned on purpose: at temperature 0.07 this toy's gradients are 900 long, and float64's rounding of 1e-14
@@ -95,14 +100,14 @@ class Said(NamedTuple):
     wrong: str
 
 
-def launch(store: Path, run: Path, sets: tuple[str, ...], world: int) -> list[Said]:
-    """What `torchrun --nproc-per-node world` does, with the output of every process."""
+def launch(store: Path, run: Path, config: RunConfig, world: int, before: str = "") -> list[Said]:
+    """What `torchrun --nproc-per-node world` does, with the output of every process. before: a line that each runs."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     here = Path(__file__).resolve().parent
-    code = CHILD.format(tests=str(here), root=str(here.parent), store=str(store), run=str(run),
-                        sets=", ".join(map(repr, sets)))  # fmt: skip
+    code = CHILD.format(tests=str(here), root=str(here.parent), store=str(store), run=str(run), before=before,
+                        config=json.dumps(config.to_json()))  # fmt: skip
     env = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
            "MASTER_PORT": str(port)}  # fmt: skip
     children = []
@@ -119,24 +124,52 @@ def launch(store: Path, run: Path, sets: tuple[str, ...], world: int) -> list[Sa
     return [Said(child.returncode, out, wrong) for child, (out, wrong) in zip(children, said, strict=True)]
 
 
+def nearly(one: Run, two: Run) -> None:
+    """Every tensor of the last checkpoints, to 1e-12 of its size."""
+    a, b = tensors(one), tensors(two)
+    assert a.keys() == b.keys() and "method.safetensors:bank.memory" in a
+    worst = max((float((a[k].double() - b[k].double()).abs().max() / (1 + a[k].double().abs().max())), k) for k in a)
+    assert worst[0] < 1e-12, worst
+
+
 def test_two_processes_end_where_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = store_in(tmp_path)
     honest = loop.build
     monkeypatch.setattr(loop, "build", lambda *a: converted(honest(*a)))
     one = loop.train("avid", store, config(*SETS), tmp_path / "one").run
-    said = launch(store.path, tmp_path / "two", SETS, 2)
-    two = Run(tmp_path / "two")
+    said = launch(store.path, tmp_path / "two", config(*SETS), 2)
     assert [(s.code, s.out[:1]) for s in said] == [(0, "6"), (0, "6")], said[0].wrong + said[1].wrong
-    a, b = tensors(one), tensors(two)
-    assert a.keys() == b.keys() and "method.safetensors:bank.memory" in a
-    worst = max((float((a[k].double() - b[k].double()).abs().max() / (1 + a[k].double().abs().max())), k) for k in a)
-    assert worst[0] < 1e-12, worst
-    again = launch(store.path, tmp_path / "two", SETS, 2)  # finished: both processes see that there is nothing to do
+    nearly(one, Run(tmp_path / "two"))
+    again = launch(store.path, tmp_path / "two", config(*SETS), 2)  # finished: both see that there is nothing to do
     assert [(s.code, s.out[:1]) for s in again] == [(0, "6"), (0, "6")], again[0].wrong
+
+
+@pytest.mark.slow
+def test_parameters_that_a_step_leaves_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SSCL's student waits while its teacher learns, then both learn: `unused_parameters` tells the loop, and without
+    it DDP refuses the second step."""
+    store = store_in(tmp_path)
+    c = resolve("sscl-stage-1", preset="tiny").replace(
+        width=4, hidden=8, dim=8, head_batch_norm=False, temperature=0.5, frames=4, fps=8, size=32, seconds=0.5,
+        negatives=6, batch=6, draws=1, epochs=4, teacher_epochs=2, learning_rate=1e-4, schedule="constant",
+        warmup_steps=0, precision="fp64", optimiser="sgd", drop_last=True, statistics_clips=16, in_process=True,
+        threads=1, log_every=1,
+    )  # fmt: skip
+    without = "from trainers.sscl import Sscl; del Sscl.unused_parameters"
+    refused = launch(store.path, tmp_path / "refused", c, 2, without)
+    assert all(s.code != 0 for s in refused) and "find_unused_parameters" in refused[0].wrong, refused[0].wrong
+    honest = loop.build
+    monkeypatch.setattr(loop, "build", lambda *a: converted(honest(*a)))
+    one = loop.train(c.name, store, c, tmp_path / "one").run
+    said = launch(store.path, tmp_path / "two", c, 2)
+    assert [(s.code, s.out[:1]) for s in said] == [(0, "4"), (0, "4")], said[0].wrong + said[1].wrong
+    nearly(one, Run(tmp_path / "two"))
+    joint = [line["epoch/joint"] for line in read_metrics(tmp_path / "two" / "metrics.jsonl") if "epoch/joint" in line]
+    assert joint == [0, 0, 1, 1]
 
 
 def test_an_error_of_the_first_process_ends_all(tmp_path: Path) -> None:
     store = store_in(tmp_path)
     loop.train("avid", store, config("steps=1"), tmp_path / "run")
-    for said in launch(store.path, tmp_path / "run", (*SETS, "seed=7"), 2):
+    for said in launch(store.path, tmp_path / "run", config(*SETS, "seed=7"), 2):
         assert said.code == 1 and "has another configuration" in said.wrong
