@@ -20,6 +20,7 @@ from trainers.fit import needs_of
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "docs" / "papers.md").read_text()
 COMMANDS = re.findall(r"^    (avstore [^\n]+)", TEXT, re.M)
+TOYS = re.findall(r"^    \$ (avstore [^\n]+)", TEXT, re.M)  # at toy size, on the demo set, with what they printed
 TOMLS = sorted((ROOT / "docs" / "papers").glob("*.toml"))
 PAPERS = ROOT.parent / "shared" / "papers"
 
@@ -62,6 +63,44 @@ def test_commands_parse(line: str) -> None:
             resolve_stage(values["method"], preset=values["preset"], toml_file=given and ROOT / given)
 
 
+@pytest.mark.parametrize("line", TOYS)
+def test_toy_commands_parse(line: str) -> None:
+    name, values = parsed(line)
+    if name == "train":
+        config = resolve(values["method"], preset=values["preset"], sets=list(values["set_"] or ()))
+        assert config.preset == "tiny" and any(s.startswith("steps=") for s in values["set_"]), line
+
+
+def test_toy_commands_stand_in_the_order_in_which_they_run() -> None:
+    """Their runs and store are made above; each section of a table or figure has one, with what it printed."""
+    made = {"demo/demo.zarr"}
+    assert TOYS[:2] == ["avstore demo demo/media", "avstore ingest demo/media demo/demo.zarr"]
+    for line in TOYS:
+        name, values = parsed(line)
+        made |= {str(values["run"])} if name == "train" else set()
+        # "--run with-async" of a bench or a query names embeddings: of a run that was made above
+        read = set(re.findall(r"runs/[\w-]+|[\w/]+\.zarr", line))
+        read |= {f"runs/{x}" for x in re.findall(r"--run ([\w-]+)(?= |$)", line)}
+        assert read <= made, (line, read - made)
+    sections = re.split(r"^## ", TEXT, flags=re.M)
+    for part in sections:
+        if re.match(r"S\d ", part):
+            title = part.splitlines()[0]
+            assert re.search(r"^    \$ avstore ", part, re.M), f"{title}: no toy command"
+            printed = re.findall(r"^    (?!\$ |avstore )\S.*", part, re.M)
+            assert printed, f"{title}: what its toy commands printed is not there"
+
+
+@pytest.mark.slow
+def test_toy_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """All of them, in order, in an empty folder."""
+    from cli.main import invoke
+
+    monkeypatch.chdir(tmp_path)
+    for line in TOYS:
+        assert invoke(shlex.split(line)[1:]) == 0, f"{line}\n{capsys.readouterr().err}"
+
+
 def test_words_that_benches_know() -> None:
     """--preset, --modality, --published, --block, ... of each bench; --profile, --list-kind and the like."""
     from avstore.official_lists import KINDS
@@ -77,8 +116,9 @@ def test_words_that_benches_know() -> None:
         name, values = parsed(line)
         seen.add(name)
         if name == "bench finetune":
-            fps = values["fps"] if values["fps"] == "native" else int(values["fps"])
-            make_recipe(values["preset"], values["modality"], values["frames"], fps=fps)
+            fps = values["fps"]
+            fps = int(fps) if fps is not None and fps.isdigit() else fps
+            make_recipe(values["preset"], values["modality"], values["frames"], fps=fps, size=values["size"])
         if values.get("published"):
             assert values["published"] in published[name.split()[1]], line
         if name in ("bench linear", "bench svm"):
