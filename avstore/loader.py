@@ -116,7 +116,8 @@ class Batch:
         lengths = arrays.pop("jpeg", None)
         coded = arrays.pop("frames") if lengths is not None else None
         out = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        on_cpu = device is None or torch.device(device).type == "cpu"
+        device = torch.device("cpu" if device is None else device)
+        on_cpu = device.type == "cpu"
         if not on_cpu:
             out = {name: tensor.to(device, non_blocking=True) for name, tensor in out.items()}
         if lengths is not None and coded is not None:
@@ -125,9 +126,9 @@ class Batch:
             out["frames"] = unpack(coded, lengths, self._loader.decode, device)
         if on_cpu:
             return out
-        if torch.device(device).type == "cuda":
+        if device.type == "cuda":
             self._copied = torch.cuda.Event()
-            self._copied.record(torch.cuda.current_stream(torch.device(device)))
+            self._copied.record(torch.cuda.current_stream(device))
         return out
 
     def release(self) -> None:

@@ -184,6 +184,6 @@ def spectrograms(bench: Bench) -> Iterator[Row]:
         mine = spectrogram_rows(wave, name, 24000, bench.device).astype(np.float32)
         theirs = spectrogram_rows(wave, name, 24000).astype(np.float32)
         value = rate(bench, lambda name=name: spectrogram_rows(wave, name, 24000, bench.device), len(wave) / 24000)  # type: ignore[misc]
-        off = float(np.max(np.abs(mine - theirs) - np.spacing(np.abs(theirs).astype(np.float16)).astype(np.float32)))
-        note = f"at most {max(off, 0):.2g} beyond a step of float16 from the CPU's; {SPREAD} is allowed"
+        beyond = float(np.max(np.abs(mine - theirs) - np.spacing(np.abs(theirs).astype(np.float16)).astype(np.float32)))
+        note = f"at most {max(beyond, 0):.2g} beyond a step of float16 from the CPU's; {SPREAD} is allowed"
         yield {"what": f"{name}, stored rows of a whole video", "value": value, "unit": "s of sound/s", "note": note}

@@ -75,7 +75,7 @@ def stages(method: str, steps: int, seed: int, folder: Path) -> list[Stage]:
         raise UsageError(f"{steps} steps for {' and '.join(chain)}", "each has at least one", "more --steps")
     first = steps if len(chain) == 1 else steps // 2
     rest = [] if len(chain) == 1 else _shares(steps - first, len(chain) - 1)
-    out = []
+    out: list[Stage] = []
     for i, (name, n) in enumerate(zip(chain, [first, *rest], strict=True)):
         last = i == len(chain) - 1
         behind = "" if i == 0 else f"-after-{'-'.join(str(s.steps) for s in out)}"
