@@ -20,7 +20,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-import pickle
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -46,6 +45,7 @@ from trainers.batch import Batch
 from trainers.data import Normaliser, open_loader
 from trainers.draws import key
 from trainers.fit import needs_of, policy_of
+from trainers.foreign import load_tensors_only
 from trainers.needs import Needs
 from trainers.process import choose_device, choose_precision
 from trainers.run import Run
@@ -275,7 +275,7 @@ def tune(
     best: tuple[float, int] | None = None
     chosen: tuple[float, dict[str, Tensor], int] | None = None
     done, before = 0, 0.0
-    there = _read_state(state, on) if state is not None else None
+    there = _read_state(state) if state is not None else None
     if there is not None:
         done, before, log, best, chosen = (there[k] for k in ("done", "seconds", "log", "best", "chosen"))
         net.load_state_dict(there["net"])
@@ -359,16 +359,16 @@ def _write_state(path: Path, value: dict[str, Any]) -> None:
         write_atomic(path, data.getvalue())
 
 
-def _read_state(path: Path, device: torch.device) -> dict[str, Any] | None:
+def _read_state(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
+    again = "remove it: its fine-tuning starts again"
     try:
-        value: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
-        value |= {k: x.cpu() for k, x in value.items() if k.startswith("random")}
-        if not {"done", "net", "optimiser", "random"} <= set(value):
-            raise ValueError("it lacks what an epoch leaves to the next")
-    except (RuntimeError, EOFError, ValueError, LookupError, AttributeError, pickle.UnpicklingError) as e:
-        raise CorruptError(f"{path} is damaged", str(e), "remove it: its fine-tuning starts again") from e
+        value = load_tensors_only(path)
+    except (ConflictError, CorruptError) as e:
+        raise CorruptError(f"{path} is damaged", f"{e.what}: {e.why}", again) from e
+    if not isinstance(value, dict) or not {"done", "net", "optimiser", "random"} <= set(value):
+        raise CorruptError(f"{path} is damaged", "it lacks what an epoch leaves to the next", again)
     return value
 
 
