@@ -116,11 +116,6 @@ def retrieval(
         folders = {name: Path(r) if "/" in r else Path("runs") / r for name, r in zip(names, run or names, strict=True)}
     levels = tuple(lv for lv, on in zip(LEVELS, (class_level, instance_level), strict=True) if on) or LEVELS
     with console.Progress("retrieval", "steps") as progress:
-
-        def show(stage: str, done: int, total: int) -> None:
-            progress.stage_is(stage)
-            progress.update(done, total)
-
         table = measure(
             opened,
             list(dict.fromkeys(names)),
@@ -142,7 +137,7 @@ def retrieval(
             published=published,
             work=work,
             device=device,
-            progress=show,
+            progress=progress.show,
             **selection(where, list_, subset, seed),
         )
     if all_checkpoints:
@@ -163,12 +158,7 @@ def retrieval(
         text = page.page("Retrieval by example", f"{', '.join(shown)} in {opened.path.name}", parts, menu=True)
         write_atomic(html, text.encode())
         console.say(f"wrote {html} ({console.size(html.stat().st_size)}): open it in a browser")
-    if json:
-        console.as_json(table.to_json())
-    elif markdown:
-        console.data(table.to_markdown().rstrip())
-    else:
-        console.table(table)
+    console.result(table, json, markdown)
 
 
 def by_name(runs: Sequence[Run]) -> dict[str, Run]:
@@ -207,11 +197,6 @@ def loader(
     from benchmarks import loader as speed
 
     with console.Progress("loader", "steps") as progress:
-
-        def show(stage: str, done: int, total: int) -> None:
-            progress.stage_is(stage)
-            progress.update(done, total)
-
         tables = speed.run(
             source,
             work,
@@ -220,17 +205,10 @@ def loader(
             seconds=seconds,
             cold=not warm,
             only=only or (),
-            progress=show,
+            progress=progress.show,
         )
         if cases:
             from benchmarks import loader_cases
 
-            tables += loader_cases.run(source, work, progress=show)
-    if json:
-        console.as_json([t.to_json() for t in tables])
-        return
-    for t in tables:
-        if markdown:
-            console.data(t.to_markdown().rstrip() + "\n")
-        else:
-            console.table(t)
+            tables += loader_cases.run(source, work, progress=progress.show)
+    console.result(tables, json, markdown)

@@ -131,14 +131,9 @@ def finetune(
     elif curve is not None:
         raise UsageError("--curve without --all-checkpoints", "a curve is drawn over checkpoints", "--all-checkpoints")
     with console.Progress("finetune", "steps") as progress:
-
-        def show(stage: str, done: int, total: int) -> None:
-            progress.stage_is(stage)
-            progress.update(done, total)
-
         table = bench.bench(
             opened, runs, recipe=recipe, rates=rates, seeds=seeds, scratch=scratch, checkpoints=which,
-            published=published, work=work, keep=keep, device=device, progress=show, label=label,
+            published=published, work=work, keep=keep, device=device, progress=progress.show, label=label,
             fold_column=fold_column, fold_count=folds, fold_seed=fold_seed, split_columns=split or (),
             **selection(where, list_, subset, seed),
         )  # fmt: skip
@@ -148,9 +143,4 @@ def finetune(
     elif all_checkpoints:
         console.warn("one checkpoint is kept: there is no curve to draw (train with keep_every)")
     archive.keep(opened, table, "finetune", [r.name for r in runs], asked)
-    if json:
-        console.as_json(table.to_json())
-    elif markdown:
-        console.data(table.to_markdown().rstrip())
-    else:
-        console.table(table)
+    console.result(table, json, markdown)

@@ -25,12 +25,9 @@ def gpu(
     from benchmarks import gpu as bench
 
     with console.Progress("gpu", "parts") as progress:
-
-        def show(stage: str, done: int, total: int) -> None:
-            progress.stage_is(stage)
-            progress.update(done, total)
-
-        report = bench.run(device=device, parts=part or (), size=size, minutes=minutes, work=work, progress=show)
+        report = bench.run(
+            device=device, parts=part or (), size=size, minutes=minutes, work=work, progress=progress.show
+        )
     paths = report.write(out)
     if json:
         console.as_json(report.to_json())

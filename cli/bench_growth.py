@@ -27,16 +27,6 @@ def growth(
 
     opened = open_store(store)
     with console.Progress("growth", "stores") as progress:
-
-        def show(stage: str, done: int, total: int) -> None:
-            progress.stage_is(stage)
-            progress.update(done, total)
-
         chosen = {"videos": tuple(videos)} if videos else {}
-        table = bench.run(opened.path, work, seconds=seconds, progress=show, **chosen)
-    if json:
-        console.as_json(table.to_json())
-    elif markdown:
-        console.data(table.to_markdown().rstrip())
-    else:
-        console.table(table)
+        table = bench.run(opened.path, work, seconds=seconds, progress=progress.show, **chosen)
+    console.result(table, json, markdown)

@@ -29,17 +29,7 @@ def ingest(
     from benchmarks import ingest as speed
 
     with console.Progress("ingest", "runs") as progress:
-
-        def show(stage: str, done: int, total: int) -> None:
-            progress.stage_is(stage)
-            progress.update(done, total)
-
-        tables = speed.run(source, work, rounds=rounds, workers=workers, copies=copies, profile=profile, progress=show)
-    if json:
-        console.as_json([t.to_json() for t in tables])
-        return
-    for t in tables:
-        if markdown:
-            console.data(t.to_markdown().rstrip() + "\n")
-        else:
-            console.table(t)
+        tables = speed.run(
+            source, work, rounds=rounds, workers=workers, copies=copies, profile=profile, progress=progress.show
+        )
+    console.result(tables, json, markdown)

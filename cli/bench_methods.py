@@ -40,18 +40,9 @@ def methods(
 
     opened = open_store(store)
     with console.Progress("methods", "runs") as progress:
-
-        def show(stage: str, done: int, total: int) -> None:
-            progress.stage_is(stage)
-            progress.update(done, total)
-
         table = bench.bench(
             opened, out, methods=method or (), steps=steps, seeds=seeds, sets=set_ or (), label=label, fold_count=folds,
-            fold_seed=fold_seed, sound=None if sound is None else open_store(sound), raw=not no_raw, progress=show,
+            fold_seed=fold_seed, sound=None if sound is None else open_store(sound), raw=not no_raw,
+            progress=progress.show,
         )  # fmt: skip
-    if json:
-        console.as_json(table.to_json())
-    elif markdown:
-        console.data(table.to_markdown().rstrip())
-    else:
-        console.table(table)
+    console.result(table, json, markdown)

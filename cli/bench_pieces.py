@@ -23,16 +23,6 @@ def pieces(
     from benchmarks import pieces as bench
 
     with console.Progress("pieces", "pieces") as progress:
-
-        def show(stage: str, done: int, total: int) -> None:
-            progress.stage_is(stage)
-            progress.update(done, total)
-
         opened = open_store(store)
-        table = bench.run(opened, threads=threads or (1, 2), rounds=rounds, seconds=seconds, progress=show)
-    if json:
-        console.as_json(table.to_json())
-    elif markdown:
-        console.data(table.to_markdown().rstrip())
-    else:
-        console.table(table)
+        table = bench.run(opened, threads=threads or (1, 2), rounds=rounds, seconds=seconds, progress=progress.show)
+    console.result(table, json, markdown)

@@ -194,25 +194,15 @@ def _run(
     runs = [find_run(given) for given in names]
     name = bench.__module__.rsplit(".", 1)[-1]
     with console.Progress("probe", "steps") as progress:
-
-        def show(stage: str, done: int, total: int) -> None:
-            progress.stage_is(stage)
-            progress.update(done, total)
-
         if every:
-            table = over_checkpoints(bench, opened, runs, progress=show, **options)
+            table = over_checkpoints(bench, opened, runs, progress=progress.show, **options)
         else:
             which = int(checkpoint) if checkpoint.isdigit() else checkpoint
-            table = bench(opened, runs, checkpoint=which, progress=show, **options)
+            table = bench(opened, runs, checkpoint=which, progress=progress.show, **options)
     if every:
         from benchmarks.curve import draw
 
         file = draw(table, "top-1", curve or Path(f"{name}-checkpoints.svg"))
         console.say(f"wrote {file} ({console.size(file.stat().st_size)})")
     archive.keep(opened, table, name, [r.name for r in runs], asked)
-    if asked["json"]:
-        console.as_json(table.to_json())
-    elif asked["markdown"]:
-        console.data(table.to_markdown().rstrip())
-    else:
-        console.table(table)
+    console.result(table, asked["json"], asked["markdown"])

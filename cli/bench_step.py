@@ -36,20 +36,8 @@ def step(
 
     sizes = steps.Sizes(rounds=rounds, mining=tuple(mine) if mine else steps.Sizes().mining)
     with console.Progress("step", "parts") as progress:
-
-        def show(stage: str, done: int, total: int) -> None:
-            progress.stage_is(stage)
-            progress.update(done, total)
-
         tables = steps.run(
             method, preset, sets=set_ or (), sizes=sizes, only=only or (), kinds=kind or (), bank=run,
-            threads=threads, device=device, progress=show,
+            threads=threads, device=device, progress=progress.show,
         )  # fmt: skip
-    if json:
-        console.as_json([t.to_json() for t in tables])
-        return
-    for t in tables:
-        if markdown:
-            console.data(t.to_markdown().rstrip() + "\n")
-        else:
-            console.table(t)
+    console.result(tables, json, markdown)

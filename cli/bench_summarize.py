@@ -58,11 +58,6 @@ def summarize(
         given[known.name] = {n: v.features for n, v in known.videos.items()}
     parts = bench.read_splits(splits_file, list(known.videos)) if splits_file is not None else None
     with console.Progress("summaries", "rows") as progress:
-
-        def show(stage: str, done: int, total: int) -> None:
-            progress.stage_is(stage)
-            progress.update(done, total)
-
         table = bench.summarize(
             known,
             given,  # type: ignore[arg-type]
@@ -73,11 +68,6 @@ def summarize(
             measure=measure,
             published=published,
             config=dr_dsn.Config(epochs=epochs),
-            progress=show,
+            progress=progress.show,
         )
-    if json:
-        console.as_json(table.to_json())
-    elif markdown:
-        console.data(table.to_markdown().rstrip())
-    else:
-        console.table(table)
+    console.result(table, json, markdown)

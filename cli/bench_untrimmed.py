@@ -90,11 +90,6 @@ def untrimmed(
     else:
         names = [choose_run(opened, r) for r in run] if run else [choose_run(opened, None)]
     with console.Progress("untrimmed", "parts") as progress:
-
-        def show(stage: str, done: int, total: int) -> None:
-            progress.stage_is(stage)
-            progress.update(done, total)
-
         table = bench.bench(
             opened,
             names,
@@ -113,7 +108,7 @@ def untrimmed(
             split_columns=split or (),
             fold_count=folds,
             fold_seed=fold_seed,
-            progress=show,
+            progress=progress.show,
             **selection(where, list_, None, 0),
         )
     if all_checkpoints:

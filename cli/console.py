@@ -105,6 +105,19 @@ def table(value: Table) -> None:
         data(visible(note))
 
 
+def result(tables: Table | Sequence[Table], json: bool, markdown: bool) -> None:
+    """What a bench found: one table or several, as JSON (a list of several), as Markdown, or drawn."""
+    if json:
+        as_json([t.to_json() for t in tables] if isinstance(tables, Sequence) else tables.to_json())
+    elif isinstance(tables, Sequence):
+        for t in tables:
+            data(t.to_markdown()) if markdown else table(t)
+    elif markdown:
+        data(tables.to_markdown().rstrip())
+    else:
+        table(tables)
+
+
 def _drawn(names: Sequence[str], rows: list[list[str]]) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
@@ -180,6 +193,11 @@ class Progress:
             self.start = self.clock()
             if self.bar is not None:
                 self.bar.update(self.task, description=stage, completed=0)
+
+    def show(self, stage: str, done: int, total: int) -> None:
+        """How far a bench is: what `progress=` of the benches is given."""
+        self.stage_is(stage)
+        self.update(done, total)
 
     def goes_on_from(self, done: int) -> None:
         """So much was there already: rates count from here."""

@@ -49,15 +49,10 @@ def explain(
     runs = [find_run(name) for name in run or ()]
     numbers = opened.select(**selection(where, list_, None, 0)).numbers
     with console.Progress("explain", "runs") as progress:
-
-        def show(stage: str, done: int, total: int) -> None:
-            progress.stage_is(stage)
-            progress.update(done, total)
-
         made = make(
             opened, runs, output, numbers=numbers, heads=_heads(head or []), of_class=of_class,
             videos=video or (), second=second, count=count, points=points,
-            block=block, form=form, how=projection, label=label, seed=seed, device=device, progress=show,
+            block=block, form=form, how=projection, label=label, seed=seed, device=device, progress=progress.show,
             which=int(checkpoint) if checkpoint.isdigit() else checkpoint,
         )  # fmt: skip
     if json:
