@@ -20,7 +20,7 @@ from avstore.errors import ConflictError, UsageError
 from avstore.ingest import ingest
 from benchmarks import blocks, linear, probing, squared_hinge, svm, unseen
 from benchmarks.probing import Outcome, Part, Probed
-from benchmarks.squared_hinge import OneVsRest
+from benchmarks.squared_hinge import CLOSE, OneVsRest
 
 
 def points(n: int, d: int, classes: int, seed: int = 0, apart: float = 0.3) -> tuple[np.ndarray, np.ndarray]:
@@ -91,7 +91,10 @@ def test_the_optimality_conditions_hold(n, d, classes, doubled, scale, exponents
         wanted = 2 * c * machines.y * np.maximum(0, 1 - machines.y * f)
         if machines.direct:  # (w, b) is the sum over examples
             wanted = np.concatenate([x, np.ones((len(x), 1))], 1).T @ wanted
-        np.testing.assert_allclose(machines.beta, wanted, atol=1e-6 * max(1e-3, np.abs(wanted).max()))
+        # outputs are promised to CLOSE only, and each counts 2 C times: what float64 leaves of K + I / 2C, badly
+        # conditioned where C is large and the features long
+        slack = 2 * c * CLOSE * (np.abs(machines.z).sum(0).max() if machines.direct else 1)
+        np.testing.assert_allclose(machines.beta, wanted, atol=1e-6 * max(1e-3, np.abs(wanted).max()) + slack)
 
 
 def test_a_rotation_of_the_features_changes_nothing():
