@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from avstore.errors import CorruptError
-from trainers.prefetch import Ahead, ahead, look_ahead, tensors_of
+from trainers.prefetch import Ahead, ahead, device_wait, look_ahead, tensors_of
 
 
 @dataclass
@@ -60,14 +60,53 @@ class Cuda:
 
             def wait_event(self, event: str) -> None:
                 outer.log.append(f"{self.name} waits for {event}")
+                outer.pending.append(outer.wait)  # the device gets there when it gets there
 
-            def record_event(self) -> str:
-                return f"event {sum('launch' in line for line in outer.log)}"
+            def record_event(self, event: Any = None) -> Any:
+                if event is None:
+                    return f"event {sum('launch' in line for line in outer.log)}"
+                event.record()
+                return event
 
             def synchronize(self) -> None:
                 outer.log.append(f"cpu waits for {self.name}")
 
-        self.side, self.compute = Stream("side"), Stream("compute")
+        class Event:
+            """With a clock, of the compute stream; passed only once the device got there (`outer.run`)."""
+
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+                self.at: float | None = None
+                outer.events.append(self)
+
+            def record(self) -> None:
+                self.at = None
+                outer.pending.append(self)
+
+            def query(self) -> bool:
+                return self.at is not None
+
+            def elapsed_time(self, other: Any) -> float:
+                assert self.at is not None and other.at is not None  # CUDA would raise
+                return float(other.at - self.at)
+
+            def synchronize(self) -> None:
+                outer.log.append("cpu waits for an event")
+
+        self.side, self.compute, self.Event = Stream("side"), Stream("compute"), Event
+        self.events: list[Event] = []
+        self.pending: list[Any] = []  # of the compute stream: events, and milliseconds of waits
+        self.clock, self.wait = 100.0, 0.0
+
+    def run(self, until: int | None = None) -> None:
+        """The device works off what was launched, but for the last `until` of it."""
+        work = self.pending[: len(self.pending) - (until or 0)]
+        del self.pending[: len(work)]
+        for one in work:
+            if isinstance(one, float):
+                self.clock += one
+            else:
+                one.at = self.clock
 
     def current_stream(self, device: Any) -> Any:
         return self.compute
@@ -109,6 +148,44 @@ def test_one_batch_is_launched_ahead_and_waited_for_by_the_stream() -> None:
     assert fed.order == "of the feed"
     fed.close()
     assert feed.closed and cuda.log[-1] == "cpu waits for side"
+
+
+def test_the_devices_wait_is_told_when_it_has_ended() -> None:
+    cuda = Cuda()
+    fed = Ahead(Feed(9, cuda.log, cuda.now), cuda.side, lambda: True, cuda)
+    assert device_wait(fed) == {}
+    cuda.wait = 3.0
+    next(fed)
+    assert device_wait(fed) == {}  # under way
+    cuda.run(until=1)
+    assert device_wait(fed) == {}  # waited, but the event behind it has not passed
+    cuda.wait = 5.0
+    next(fed)
+    cuda.run(until=2)  # the first wait has ended; the second has not
+    assert device_wait(fed) == {"device_wait_s": pytest.approx(0.003)}
+    assert device_wait(fed) == {}  # told once
+    cuda.wait = 0.0
+    next(fed)
+    cuda.run()
+    assert device_wait(fed, parts=4) == {"device_wait_s": pytest.approx(4 * (0.005 + 0.0) / 2)}
+    assert not any("cpu waits" in line for line in cuda.log)
+
+
+def test_events_are_used_again_and_their_number_stays_small() -> None:
+    cuda = Cuda()
+    fed = Ahead(Feed(60, cuda.log, cuda.now), cuda.side, lambda: True, cuda)
+    cuda.wait = 2.0
+    for _ in range(50):
+        next(fed)
+        cuda.run(until=3)  # always one step behind
+    assert len(cuda.events) <= 6
+    cuda.run()
+    assert fed.waited() == (pytest.approx(0.1), 50) and fed.waited() == (0.0, 0)
+    assert not any("cpu waits" in line for line in cuda.log)
+
+
+def test_a_plain_feed_has_no_wait_of_a_device() -> None:
+    assert device_wait(Feed(2, [], ["compute"])) == {}
 
 
 def test_a_batch_that_is_not_ready_is_not_waited_for() -> None:
