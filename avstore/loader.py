@@ -37,9 +37,11 @@ import numpy as np
 
 from avstore import store as stores
 from avstore.errors import AvstoreError, CorruptError, MachineError, NotFoundError, UsageError, did_you_mean
+from avstore.filler import Filler
 from avstore.frontends import FRONT_ENDS
+from avstore.job import Job
 from avstore.packed import Decode, unpack
-from avstore.reader import TO_READER, TO_TRAINER, Filler, Job
+from avstore.reader import TO_READER, TO_TRAINER
 from avstore.sampler import Order, SequentialOrder
 from avstore.selection import Selection
 from avstore.slots import Layout, Memory

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from avstore.errors import AvstoreError
+from avstore.filler import _scaled
 from avstore.loader import Loader
-from avstore.reader import _scaled
 from avstore.sampler import Order
 from avstore.slots import Layout, Memory
 from avstore.views import RandomView
