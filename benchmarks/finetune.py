@@ -4,7 +4,8 @@ The protocol of `tuning.py` on each official division, averaged: columns split1,
 `fold`, else `split`. The last epoch counts; `select=best` adds a row with the best epoch on the test part, as
 CrissCross reports it, labelled; `select=validation` takes the best epoch on the validation part where there is one,
 else on a tenth of training (S1). Paired tests over parts and seeds compare methods with each other and with scratch
-(`paired.py`). Runs of folds are asked the parts that they have not seen in pre-training (`unseen.py`).
+(`paired.py`), of one part and one seed over its test videos; of several checkpoints the last. Runs of folds are asked
+the parts that they have not seen in pre-training (`unseen.py`).
 
 Controls: the same networks from random weights with as many epochs, all of which train everything; the commonest class.
 Each (weights, part, seed) is kept as JSON in a work folder and not done again, and each epoch of one that is under way;
@@ -155,7 +156,8 @@ class Work:
             return None
         try:
             value = read_json(file)
-            return Tuned(**{**value, "epochs": tuple(value["epochs"])})
+            more = {"epochs": tuple(value["epochs"]), "right": tuple(value.get("right", ()))}
+            return Tuned(**{**value, **more})
         except (TypeError, KeyError) as e:
             raise CorruptError(f"{file} is damaged", str(e), "remove it: it is then done again") from e
 
@@ -315,10 +317,8 @@ def bench(
         *seen,
     ]
     held = [len(p.val) for p in probed.parts if p.val is not None]
-    methods = [n for n in found if not n.startswith("from scratch")]
-    pairs = {n: [float(np.mean([t.video for t in results[p.name, s]])) for p in probed.parts for s in range(seeds)]
-             for n, results in found.items()}  # fmt: skip
-    notes += paired.lines(pairs, "parts and seeds", [n for n in found if n not in methods])
+    last = max((p["step"] for p in places.values()), default=None)
+    notes += _compared({n: r for n, r in found.items() if places.get(n, {}).get("step") == last or n not in places})
     if recipe.select == "best":
         notes.append("best test epoch: chosen on the test part (CrissCross' reporting), optimistic by construction")
     if recipe.select == "validation":
@@ -330,6 +330,23 @@ def bench(
         notes.append("published: theirs, on that set in full, with their pre-training and as many frames as their row "
                      "says; not measured here")  # fmt: skip
     return Table(f"fine-tuning in {store.path}", COLUMNS, rows + given, tuple(notes))
+
+
+def _compared(found: Mapping[str, Mapping[tuple[str, int], Sequence[Tuned]]]) -> list[str]:
+    """Paired tests of rows {name: {(part, seed): results of its runs}}: over parts and seeds; of one part and one seed
+    over its test videos, or, where kept results do not say which of them were right, what would give a test."""
+    against = [n for n in found if n.startswith("from scratch")]
+    pairs = {n: [float(np.mean([t.video for t in parts[at]])) for at in sorted(parts)] for n, parts in found.items()}
+    if any(len(p) > 1 for p in pairs.values()):
+        return paired.lines(pairs, "parts and seeds", against)
+    right = {n: [t.right for results in parts.values() for t in results] for n, parts in found.items()}
+    silent = [n for n, each in right.items() if not all(each)]
+    if not silent:
+        return paired.over_videos({n: np.mean(each, 0).tolist() for n, each in right.items()}, against)
+    if len(found) < 2 or len(against) == len(found):
+        return []
+    told = f"no paired test: one part and one seed make one pair, and what is kept of {', '.join(silent)} does not say "
+    return [f"{told}which videos were right; --seeds 3 or --folds 5 makes pairs, another --work a test over videos"]
 
 
 def _row(

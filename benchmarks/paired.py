@@ -76,3 +76,9 @@ def lines(values: Mapping[str, Sequence[float]], what: str, against: Sequence[st
             f"{found.p_flip:.3g}, {t}"
         )
     return out
+
+
+def over_videos(values: Mapping[str, Sequence[float]], against: Sequence[str] = ()) -> list[str]:
+    """`lines` over the test videos of one part and one seed: whether each was right, or how often."""
+    told = " (of these videos; it says nothing of other seeds)"
+    return [line + told for line in lines(values, "test videos", against)]

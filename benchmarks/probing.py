@@ -12,8 +12,10 @@ Not here: the classifiers (`svm.py`, `linear.py`, `knn.py`) and the features (`b
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +28,7 @@ from benchmarks.table import Table
 
 if TYPE_CHECKING:
     from avstore.store import Store
+    from benchmarks.kept import Kept
     from trainers.run import Run
 
 COLUMNS = ("features", "block", "top-1", "sd", "of parts", "of", "setting")
@@ -253,6 +256,22 @@ def chance(probed: Probed) -> list[Outcome]:
     return out
 
 
+def digest(probed: Probed) -> str:
+    """16 hex digits of who is learned from and who is tested in each part, with what label, for `kept.py`."""
+    h = hashlib.sha256(np.ascontiguousarray(probed.labels, "<i8").tobytes())
+    for part in probed.parts:
+        h.update(part.name.encode())
+        for x in (*part.learned_on(), part.test):
+            h.update(b"none" if x is None else np.ascontiguousarray(x, "<i8").tobytes())
+    return h.hexdigest()[:16]
+
+
+def kept_outcomes(kept: Kept, key: Mapping[str, Any], make: Callable[[], list[Outcome]]) -> list[Outcome]:
+    """The outcomes kept under `key`, else make()'s, kept from now on."""
+    found = kept.value(key, lambda: [dataclasses.astuple(o) for o in make()])
+    return [Outcome(part, accuracy, setting, tuple(*right)) for part, accuracy, setting, *right in found]
+
+
 def row(features: str, block: str, outcomes: Sequence[Sequence[Outcome]]) -> dict[str, Any]:
     """A row of the table: outcomes of each run, seed or draw, each a list over parts. `sd`: over parts and these. With
     one part alone `right` holds how often each of its videos was right, for `differences`; `table` takes it off."""
@@ -341,10 +360,10 @@ def differences(rows: Sequence[dict[str, Any]], compared: Sequence[str]) -> list
             many = len(a) == len(b) and len(a) > 1
             told = "parts and repetitions" if many else "parts"
             pair = {n: [v for x in e for v in x] if many else mine[n]["values"] for n, e in ((one, a), (other, b))}
+            found = paired.lines(pair, told)
             if len(pair[one]) < 2 and mine[one].get("right") and mine[other].get("right"):
-                pair, told = {n: mine[n]["right"] for n in (one, other)}, "test videos"
-            more = " (of these videos; it says nothing of other seeds)" if told == "test videos" else ""
-            out += [f"{block}, {line}{more}" if block else f"{line}{more}" for line in paired.lines(pair, told)]
+                found = paired.over_videos({n: mine[n]["right"] for n in (one, other)})
+            out += [f"{block}, {line}" if block else line for line in found]
     return out
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -216,16 +215,16 @@ def bench(
             learn = kept.arrays(
                 {**key, "augment": 0}, lambda: blocks.sound_blocks(*of, augment_seed=0, device=device, **how)
             )
-        setting = {"strengths": list(strengths), "fixed": fixed, "augment": augment, "parts": _digest(mine)}
+        setting = {"strengths": list(strengths), "fixed": fixed, "augment": augment, "parts": probing.digest(mine)}
         for block, value in x.items():
             progress(f"{name} {block}", 0, 1)
             one, other = {**key, **setting, "block": block}, learn.get(block)
-            found.setdefault((name, block), []).append(
-                _kept(kept, one, functools.partial(probing.probe, value, mine, svm(strengths, fixed), other))
-            )
+            made = functools.partial(probing.probe, value, mine, svm(strengths, fixed), other)
+            found.setdefault((name, block), []).append(probing.kept_outcomes(kept, one, made))
             if with_oracle:
+                leaking = functools.partial(oracle, value, mine, strengths, other)
                 best.setdefault((name, block), []).append(
-                    _kept(kept, {**one, "oracle": True}, functools.partial(oracle, value, mine, strengths, other))
+                    probing.kept_outcomes(kept, {**one, "oracle": True}, leaking)
                 )
 
     for run, name, parts in zip(runs, names, asked, strict=True):
@@ -257,16 +256,3 @@ def bench(
         list(dict.fromkeys(names)),
     )  # fmt: skip
 
-
-def _kept(kept: Kept, key: dict[str, Any], make: Callable[[], list[Outcome]]) -> list[Outcome]:
-    found = kept.value(key, lambda: [dataclasses.astuple(o) for o in make()])
-    return [Outcome(part, accuracy, setting, tuple(*right)) for part, accuracy, setting, *right in found]
-
-
-def _digest(probed: Probed) -> str:
-    h = hashlib.sha256(np.ascontiguousarray(probed.labels, "<i8").tobytes())
-    for part in probed.parts:
-        h.update(part.name.encode())
-        for x in (*part.learned_on(), part.test):
-            h.update(b"none" if x is None else np.ascontiguousarray(x, "<i8").tobytes())
-    return h.hexdigest()[:16]

@@ -207,7 +207,8 @@ class Tuned:
     """Shares of test videos (scores averaged over their clips) and of single test clips that are right: the same ones,
     or those of recipe.alone, after the last epoch or the one chosen. `epoch`: after which
     epoch of the schedule, from 1; `best`: the largest of all epochs on the test part, of select=best. `epochs`: loss
-    and accuracy on the training clips of each epoch, warm-up first."""
+    and accuracy on the training clips of each epoch, warm-up first. `right`: 1 or 0 for each test video in order, as
+    `video` counts them (of results kept by versions that did not note it: nothing)."""
 
     video: float
     clip: float
@@ -216,9 +217,10 @@ class Tuned:
     best_epoch: int | None
     epochs: tuple[dict[str, float], ...]
     seconds: float
+    right: tuple[int, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "epochs": list(self.epochs)}
+        return {**dataclasses.asdict(self), "epochs": list(self.epochs), "right": list(self.right)}
 
 
 Part = tuple[np.ndarray, np.ndarray]  # numbers of videos in the store, their labels; both int64 (n,)
@@ -324,7 +326,8 @@ def tune(
             if epoch < warm:
                 continue
             if recipe.select == "best":
-                now = _accuracy(scores(net, run, store, test[0], needs, recipe, on, autocast), test[1])
+                tested = scores(net, run, store, test[0], needs, recipe, on, autocast)
+                now = _accuracy(tested, test[1])
                 log[-1] |= {"test": now[0], "test clips": now[1]}
                 if best is None or now[0] > best[0]:
                     best = (now[0], epoch - warm + 1)
@@ -337,10 +340,9 @@ def tune(
     if chosen is not None:
         net.load_state_dict(chosen[1])
         at = chosen[2]
-    if recipe.select == "best":
-        video, clip = log[-1]["test"], log[-1]["test clips"]
-    else:
-        video, clip = _accuracy(scores(net, run, store, test[0], needs, recipe, on, autocast), test[1])
+    if recipe.select != "best":  # else the last epoch has just been tested
+        tested = scores(net, run, store, test[0], needs, recipe, on, autocast)
+    video, clip = _accuracy(tested, test[1])
     if recipe.alone:
         single = dataclasses.replace(recipe, clips=recipe.alone)
         clip = _accuracy(scores(net, run, store, test[0], needs, single, on, autocast), test[1])[1]
@@ -349,7 +351,8 @@ def tune(
     seconds = round(before + time.monotonic() - began, 1)
     if state is not None:
         state.unlink(missing_ok=True)
-    return Tuned(video, clip, at, best and best[0], best and best[1], tuple(log), seconds)
+    hits = tuple(int(r) for r in tested.mean(1).argmax(1) == test[1])
+    return Tuned(video, clip, at, best and best[0], best and best[1], tuple(log), seconds, hits)
 
 
 def _write_state(path: Path, value: dict[str, Any]) -> None:

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 from tiny_run import config, store_in
+from tiny_store import Tiny, default_spec, make_store
 
 import avstore
 from avstore.errors import AvstoreError, ConflictError, CorruptError, UsageError
 from benchmarks import blocks, finetune, probing, tuning
 from benchmarks.recipe import PRESETS, Recipe, make_recipe
-from benchmarks.tuning import Classifier, clips, needs_for, scores, tune
+from benchmarks.tuning import Classifier, Tuned, clips, needs_for, scores, tune
 from cli.main import invoke
 from trainers.loop import train
 
@@ -313,8 +314,18 @@ def test_an_epoch_that_is_done_is_not_done_again(trained, tmp_path, scratch):
     nets = []
 
     def once(method, **rest):
-        return tune(method, run, store, train_part, test_part, 2, recipe, scratch=scratch,
-                    keep=lambda net: nets.append({k: v.clone() for k, v in net.state_dict().items()}), **rest)
+        return tune(
+            method,
+            run,
+            store,
+            train_part,
+            test_part,
+            2,
+            recipe,
+            scratch=scratch,
+            keep=lambda net: nets.append({k: v.clone() for k, v in net.state_dict().items()}),
+            **rest,
+        )
 
     whole = once(blocks.with_weights(run))
     state, cut, steps = tmp_path / "epoch.pt", [0], []
@@ -390,6 +401,54 @@ def test_the_bench_keeps_what_is_done(trained, tmp_path, capsys, monkeypatch):
     assert json.loads(capsys.readouterr().out)["rows"][0]["top-1"] == first["values"][0]
 
 
+def test_one_part_and_one_seed_are_compared_over_test_videos(trained, tmp_path, capsys):
+    """What is kept by a version that did not note who was right gives no pair, and the table says so."""
+    store, run = trained
+    work = tmp_path / "work"
+    asked = ["bench", "finetune", "--run", str(run.path), "--work", str(work), *ARGS, "--json", str(store.path)]
+    assert invoke(asked) == 0
+    table = json.loads(capsys.readouterr().out)
+    files = sorted(work.glob("*-0.json"))
+    right = {f.name.split("-")[0]: json.loads(f.read_text())["right"] for f in files}
+    for row, name in zip(table["rows"], ("mine", "scratch"), strict=False):
+        assert len(right[name]) == 2 and np.mean(right[name]) == row["top-1"]
+    mean = table["rows"][0]["top-1"] - table["rows"][1]["top-1"]
+    (line,) = [n for n in table["notes"] if n.startswith("avid - from scratch")]
+    assert f"scratch: {mean:+.3f}" in line and "over 2 test videos" in line and "nothing of other seeds" in line
+    for file in files:
+        value = json.loads(file.read_text())
+        del value["right"]
+        file.write_text(json.dumps(value))
+    assert invoke(asked) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert [r["top-1"] for r in again["rows"]] == [r["top-1"] for r in table["rows"]]
+    (line,) = [n for n in again["notes"] if n.startswith("no paired test")]
+    assert "kept of avid, from scratch" in line and "--seeds 3 or --folds 5" in line
+    assert not any("over 2 test videos" in n for n in again["notes"])
+    assert finetune._compared({"avid": {("split", 0): [Tuned(0.5, 0.5, 1, None, None, (), 0.0)]}}) == []
+
+
+def test_pairs_are_of_the_same_part_and_seed():
+    """Runs of folds come in any order."""
+    def of(video):
+        return [Tuned(video, 0, 1, None, None, (), 0.0)]
+
+    found = {"a": {("f1", 0): of(0.5), ("f2", 0): of(0.9)}, "b": {("f2", 0): of(0.8), ("f1", 0): of(0.4)},
+             "from scratch": {("f2", 0): of(0.1), ("f1", 0): of(0.2)}}  # fmt: skip
+    ab, scratch, _ = finetune._compared(found)
+    assert ab.startswith("a - b: +0.100 (sd 0.000)") and scratch.startswith("a - from scratch: +0.550 (sd 0.354)")
+
+
+def test_tested_videos_that_are_lost_are_told(tmp_path):
+    """As the probes do: a test part does not shrink in silence."""
+    made = [Tiny(2.0, key=f"{i}.mp4", label="ab"[i % 2], split="test" if i > 7 else "train",
+                 status="failed" if i == 9 else "ok") for i in range(12)]  # fmt: skip
+    store = avstore.open(make_store(tmp_path / "lost.zarr", made, default_spec(sample_rate=24000, codec="jpeg")))
+    run = train("avid", store, config("steps=1", *PLAIN), tmp_path / "runs" / "mine").run
+    table = finetune.bench(store, [run], recipe=FAST, scratch=False, work=tmp_path / "work")
+    assert any(n.startswith("1 of the 4 videos that column split tests are not ok") for n in table.notes)
+
+
 def test_the_best_epoch_is_labelled_and_published_figures_are_theirs(trained, tmp_path, capsys):
     store, run = trained
     assert invoke(["bench", "finetune", "--run", str(run.path), "--work", str(tmp_path / "w"), *ARGS, "--modality",
@@ -417,8 +476,28 @@ def test_checkpoints_are_drawn_over_the_epoch(tmp_path, capsys):
     sets = ("steps=4", "checkpoint_every=2", "keep_every=2", *PLAIN)
     run = train("avid", store, config(*sets), tmp_path / "runs" / "two").run
     picture = tmp_path / "curve.svg"
-    assert invoke(["bench", "finetune", "--run", str(run.path), "--work", str(tmp_path / "w"), *ARGS, "--warm-up", "0",
-                   "--no-scratch", "--all-checkpoints", "--curve", str(picture), "--json", str(store.path)]) == 0
+    assert (
+        invoke(
+            [
+                "bench",
+                "finetune",
+                "--run",
+                str(run.path),
+                "--work",
+                str(tmp_path / "w"),
+                *ARGS,
+                "--warm-up",
+                "0",
+                "--no-scratch",
+                "--all-checkpoints",
+                "--curve",
+                str(picture),
+                "--json",
+                str(store.path),
+            ]
+        )
+        == 0
+    )
     said = capsys.readouterr()
     rows = json.loads(said.out)["rows"]
     mine = [r for r in rows if r.get("of run") == "avid"]
