@@ -1,7 +1,8 @@
 """Slots: batches' memory, laid out once and filled again and again.
 
 A `Layout` says where each field of a batch lies in a slot; a `Memory` is anonymous memory, shared by descriptor with
-the reader process (a memfd: no name, so nothing can be left behind) or private to this one.
+the reader process (a memfd: no name, so nothing can be left behind) or private to this one, and pinned where there is
+a CUDA device. What lies in a slot is the filler's (`avstore.filler`) and the batch's (`avstore.batch`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import mmap
 import os
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -82,3 +84,27 @@ class Memory:
         self.drop_descriptor()
         with contextlib.suppress(AttributeError, BufferError):
             self.map.close()
+
+
+def pin(memory: Memory, device: Any) -> bool:
+    """Registers the slots with CUDA, so that copies to the device need no staging and do not block."""
+    if device is None or not str(device).startswith("cuda"):
+        return False
+    import torch
+
+    address = np.frombuffer(memory.map, np.uint8).ctypes.data
+    code = int(torch.cuda.cudart().cudaHostRegister(address, memory.nbytes, 1))  # portable: for every device
+    if code:
+        raise MachineError(
+            f"{memory.nbytes / 2**20:.0f} MiB of slots could not be pinned", f"cudaHostRegister returned {code}",
+            "raise `ulimit -l`, use a smaller batch, or device=None",
+        )  # fmt: skip
+    return True
+
+
+def unpin(memory: Memory, device: Any) -> None:
+    """The reverse, once all copies are done."""
+    import torch
+
+    torch.cuda.synchronize(torch.device(device))
+    torch.cuda.cudart().cudaHostUnregister(np.frombuffer(memory.map, np.uint8).ctypes.data)

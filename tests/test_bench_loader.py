@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import zarr
 
+from avstore.batch import Batch
 from avstore.errors import UsageError
-from avstore.loader import Batch
 from avstore.windows import Extents
 from benchmarks import contenders, loader, loader_cases
 from benchmarks.contenders import measure

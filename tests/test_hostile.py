@@ -248,7 +248,7 @@ def test_a_list_adds_to_the_store_of_its_folder(folder: Path, tmp_path: Path) ->
 
 # A trainer and the reader process that it has started itself hand each other jobs and errors, over anonymous memory and
 # a socket pair of their own; neither reads a pickle from a file.
-BETWEEN_OWN_PROCESSES = {"avstore/loader.py", "avstore/reader.py"}
+BETWEEN_OWN_PROCESSES = {"avstore/reader.py"}
 FORBIDDEN = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 
 

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 import avstore
+from avstore.batch import Batch
 from avstore.errors import CorruptError, MachineError, NotFoundError, UsageError
-from avstore.loader import Batch, Loader
+from avstore.loader import Loader
 from avstore.sampler import Order, SequentialOrder
 from avstore.views import AvidView, RandomView, Snippets, TwoViews, UniformView
 from tests.tiny_store import Tiny, default_spec, make_store, picture, read_picture, tone
