@@ -1,7 +1,7 @@
 """The part `compiled` of `bench step`: whole training steps as they are, compiled, and (on CUDA) in CUDA graphs.
 
-The same batch from the same weights; how far the losses of the timed steps lie apart is in the table, and what the
-first step cost, which compiles.
+The same batch from the same weights; how far the losses lie apart is in the table, of the first step (one forward pass
+through the same weights) and of all (rounding grows with training), and what the first step cost, which compiles.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ COLUMNS = ("compile", "clips/s", "times", "first step s", "losses apart", "note"
 
 
 def compiled(asked: _Asked) -> Table:
-    """Clips a second of whole steps, by `compile=`; `times` those of off, `losses apart`: the largest relative
-    difference to off over all steps but the first."""
+    """Clips a second of whole steps, by `compile=`; `times` those of off; `losses apart`: the largest relative
+    difference to off over all steps; `first loss apart`, shown in the note: that of the first."""
     from benchmarks.step import _in_turn, _machine, _trainer, _wait, synthetic
 
     config, sizes, device = asked.config, asked.sizes, asked.device
@@ -61,11 +61,14 @@ def compiled(asked: _Asked) -> Table:
     times = _in_turn(kinds, sizes.rounds, sizes.steps, device, asked.told, "compiled")
     rated = []
     for how, seconds in times.items():
-        apart = max(abs(a / b - 1) for a, b in zip(losses[how][1:], losses["off"][1:], strict=True))
+        apart = [abs(a / b - 1) for a, b in zip(losses[how], losses["off"], strict=True)]
         ratio = statistics.median(b / s for s, b in zip(seconds, times["off"], strict=True))
         rated.append({"compile": how, "clips/s": config.loop.batch / statistics.median(seconds), "times": ratio,
-                      "first step s": first[how], "losses apart": apart})  # fmt: skip
+                      "first step s": first[how], "first loss apart": apart[0], "losses apart": max(apart),
+                      "note": "" if how == "off" else f"the first loss is {apart[0]:.2g} apart"})  # fmt: skip
     return Table(
         f"{config.name} {config.preset}: steps of {config.loop.batch} clips, compiled", COLUMNS, [*rated, *table],
-        (_machine(device), f"{sizes.rounds} rounds of {sizes.steps} steps in turn; medians"),
+        (f"{_machine(device)}, {config.loop.precision}",
+         f"{sizes.rounds} rounds of {sizes.steps} steps in turn; medians; losses of {len(losses['off'])} steps, "
+         f"the last {losses['off'][-1]:.4g}"),
     )  # fmt: skip
