@@ -54,7 +54,7 @@ test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test-slow: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "slow and not gpu" --timeout 1800
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "slow and not gpu" --timeout 1800 -o faulthandler_timeout=1500
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -113,7 +113,9 @@ needs_compiler = pytest.mark.skipif(
 def test_losses_are_those_without_also_when_resumed(tmp_path: Path) -> None:
     """AVID: a bank that `after_step` writes in Python, a short last batch, several epochs."""
     store = store_in(tmp_path)
-    how = ("batch=4",)  # 10 videos: batches of 4, 4 and 2
+    # 10 videos: batches of 4, 4 and 2, whose batch norms of two clips multiply every difference: at the preset's rate
+    # of 2e-3 the roundings of other kernels are a tenth of the loss after eight steps, at 1e-4 they stay below 1e-3
+    how = ("batch=4", "learning_rate=1e-4")
     plain = losses(store, tmp_path / "plain", *how)
     made = losses(store, tmp_path / "made", *how, "compile=compile")
     assert len(made) == len(plain) >= 9
