@@ -270,7 +270,8 @@ def crop_rows(rows: Tensor, u: NDArray[np.float64], scale: Sequence[float] = (0.
     rows: floating (B, F, M), normalised, so that 0 is the mean; u: (B, 4) in [0, 1): length, height, and their place.
     The spectrogram lies in the middle of a canvas of zeros, CANVAS times as long and as high as itself. A crop of
     U(scale) F rows and U(scale) M bins, at most the canvas, rounded down, is placed uniformly in it and resized to
-    (F, M), bicubic, without smoothing. Returns a new tensor like rows. UsageError for other shapes or an empty scale.
+    (F, M), bicubic, corner on corner, without smoothing. Returns a new tensor like rows. UsageError for other shapes
+    or an empty scale.
     """
     low, high = scale
     if not 0 < low <= high:
@@ -292,12 +293,12 @@ def _crop_taps(
     """From a line of n values in the middle of a canvas of zeros to a crop of it at n points: places and weights, each
     (4, B, n). u: (B, 2), length and place.
 
-    Bicubic with a = -3/4 and half-pixel centres, taps beyond the crop's ends at its ends, as torch's; weight 0 for what
-    lies on the empty canvas.
+    Bicubic with a = -3/4, the crop's first and last value on the first and last point (torch's align_corners, which
+    BYOL-A and CrissCross take), taps beyond the crop's ends at its ends; weight 0 for what lies on the empty canvas.
     """
     length = np.clip(np.floor((low + (high - low) * u[:, :1]) * n).astype(np.int64), 1, canvas)
     first = draws.integers(u[:, 1:], 0, canvas - length) - (canvas - n) // 2  # in the line's own places
-    at = (np.arange(n) + 0.5) * (length / n) - 0.5
+    at = np.arange(n) * (length - 1) / max(n - 1, 1)
     whole = np.floor(at).astype(np.int64)
     tap = np.arange(-1, 3)[:, None, None]
     d, a = np.abs(at - whole - tap), -0.75

@@ -323,13 +323,13 @@ def test_masks_that_cannot_be(time, freq, shape):
 
 
 def resized_by_torch(rows, top, left, height, width):
-    """Pad, cut and resize one spectrogram (M, F) by torch's own bicubic."""
+    """Pad, cut and resize one spectrogram (M, F) by torch's own bicubic, corner on corner as BYOL-A's code does."""
     m, f = rows.shape
     side = (int(1.5 * f) - f) // 2
     canvas = torch.zeros(m, int(1.5 * f))
     canvas[:, side : side + f] = rows
     cut = canvas[top : top + height, left : left + width]
-    return torch.nn.functional.interpolate(cut[None, None], (m, f), mode="bicubic", align_corners=False)[0, 0]
+    return torch.nn.functional.interpolate(cut[None, None], (m, f), mode="bicubic", align_corners=True)[0, 0]
 
 
 def test_crops_of_a_spectrogram_are_torchs_bicubic_of_the_padded_one():
@@ -355,6 +355,9 @@ def test_crops_by_hand():
     assert early[0, :, 0].tolist() == [0, 0, 0, 1, 2, 3, 4, 5]  # two rows of the canvas, then its first six
     late = augment.crop_rows(rows, np.array([[0.0, 0.0, 0.999, 0.0]]), (1.0, 1.0))
     assert late[0, :, 0].tolist() == [2, 3, 4, 5, 6, 7, 0, 0]
+    # the corners of the crop are those of the result
+    ends = augment.crop_rows(rows, np.array([[0.0, 0.0, 0.5, 0.0]]), (0.5, 0.5))  # 4 of 12: places 0..8, the middle
+    assert ends[0, [0, -1], 0].tolist() == [2, 5]
     # a constant stays one within the spectrogram: the weights of a point sum to 1
     half = augment.crop_rows(torch.ones(1, 8, 4), np.array([[0.0, 0.0, 0.5, 0.9]]), (0.5, 0.5))
     assert torch.allclose(half, torch.ones(1, 8, 4), atol=1e-6)
