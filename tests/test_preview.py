@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from avstore.errors import CorruptError, NotFoundError, UsageError
 from trainers.preview import Preview, PreviewConfig, fit, load, padded
@@ -70,20 +74,56 @@ def test_choices_are_distinct_and_within_the_budget(fitted: Preview) -> None:
     assert fitted.choose(x[:1], 3).tolist() == [0]
 
 
-def test_a_step_by_hand() -> None:
-    """h after the mean feature; softmax of q . k / sqrt(dim) per modality; their mixture weighs the moments."""
+def by_hand(p: Preview, x: torch.Tensor, psi: Projector) -> tuple[torch.Tensor, list[torch.Tensor], list[list[int]]]:
+    """(logits, each step's weights, each step's moments) of one video (n, 10), written out: the first input is Psi of
+    the mean; softmax of q . k / sqrt(dim) per modality over what that modality has not looked at; their mixture weighs
+    the moments, and Psi of what comes out is the next input; the class from the mean of the inputs."""
+    state = (torch.zeros(1, 8), torch.zeros(1, 8))
+    seen, weights, at, hidden = [psi(x.mean(0, keepdim=True))], [], [], ([], [])
+    for _ in range(p.config.steps):
+        state = p.cell(seen[-1], state)
+        each = []
+        for part, key, query, gone in zip((x[:, :6], x[:, 6:]), p.keys, p.queries, hidden, strict=True):
+            score = key(part) @ query(state[0])[0] / 2
+            score[gone] = -torch.inf
+            each.append(torch.softmax(score, 0))
+            gone.append(int(score.argmax()))
+        share = torch.softmax(p.modality(state[0])[0], 0)
+        weights.append(share[0] * each[0] + share[1] * each[1])
+        at.append([gone[-1] for gone in hidden])
+        seen.append(psi((weights[-1] @ x)[None]))
+    return p.classifier(torch.stack(seen[:-1]).mean(0))[0], weights, at
+
+
+def test_steps_by_hand() -> None:
+    psi = Projector((10, 12, 7)).eval()
     torch.manual_seed(0)
-    p = Preview(WIDTHS, CLASSES, PreviewConfig(steps=1, hidden=8, dim=4)).eval()
-    x = torch.randn(5, 10)
-    got = p(x[None], torch.ones(1, 5, dtype=torch.bool))
-    h, _ = p.cell(x.mean(0, keepdim=True))
-    weights = []
-    for part, key, query in zip((x[:, :6], x[:, 6:]), p.keys, p.queries, strict=True):
-        weights.append(torch.softmax(key(part) @ query(h)[0] / 2, 0))
-    share = torch.softmax(p.modality(h)[0], 0)
-    expected = share[0] * weights[0] + share[1] * weights[1]
-    torch.testing.assert_close(got.attention[0, 0], expected)
-    torch.testing.assert_close(got.logits[0], p.classifier(expected @ x))
+    p = Preview(WIDTHS, CLASSES, PreviewConfig(steps=4, hidden=8, dim=4), fusion=psi).eval()
+    x = 3 * torch.randn(6, 10)
+    with torch.no_grad():
+        got = p(x[None], torch.ones(1, 6, dtype=torch.bool))
+        logits, weights, at = by_hand(p, x, psi)
+    assert any(a != b for a, b in at), "the two modalities look at different moments"
+    torch.testing.assert_close(got.attention[0], torch.stack(weights))
+    torch.testing.assert_close(got.logits[0], logits)
+    order: list[int] = []
+    for weight, pair in zip(weights, at, strict=True):
+        order += [n for n in sorted(set(pair), key=lambda n: -float(weight[n])) if n not in order]
+    assert p.choose(x.numpy(), len(order)).tolist() == order
+
+
+def test_masks_are_of_each_modality_and_begin_anew() -> None:
+    """In training too. Three moments, five steps: in the fourth all are there again. Without masks none is hidden."""
+    torch.manual_seed(1)
+    x, mask = padded([torch.randn(3, 6), torch.randn(5, 6)])
+    for training in (False, True):
+        p = Preview((6,), CLASSES, PreviewConfig(steps=5, hidden=8, dim=4)).train(training)
+        seen = p(x, mask).attention.detach()
+        assert (seen[0] == 0).sum(1).tolist() == [2, 3, 4, 2, 3] and (seen[1] == 0).sum(1).tolist() == [0, 1, 2, 3, 4]
+        assert not seen[0, :, 3:].any()
+        torch.testing.assert_close(seen.sum(2), torch.ones(2, 5))
+        free = Preview((6,), CLASSES, PreviewConfig(steps=5, hidden=8, dim=4, masks=False)).train(training)
+        assert (free(x, mask).attention[1] > 0).all()
 
 
 def test_padding_changes_nothing() -> None:
@@ -123,6 +163,16 @@ def test_the_same_seed_is_the_same_preview(tmp_path: Path) -> None:
     again = load(tmp_path / "p.safetensors")
     assert again.config == c and again.choose(features[0], 5).tolist() == one.choose(features[0], 5).tolist()
     np.testing.assert_array_equal(again.scores(features[1]), one.scores(features[1]))
+    one.config = dataclasses.replace(c, masks=False)
+    one.save(tmp_path / "free.safetensors")
+    assert not load(tmp_path / "free.safetensors").config.masks
+    with safe_open(str(tmp_path / "p.safetensors"), "pt") as file:
+        made = json.loads(file.metadata()["preview"])
+    del made["config"]["masks"]
+    save_file({k: v.contiguous() for k, v in again.state_dict().items()}, str(tmp_path / "old.safetensors"),
+              {"preview": json.dumps(made)})  # fmt: skip
+    with pytest.raises(CorruptError, match="older"):
+        load(tmp_path / "old.safetensors")
     with pytest.raises(NotFoundError):
         load(tmp_path / "none")
     (tmp_path / "q.safetensors").write_bytes(b"no preview")
@@ -143,7 +193,7 @@ def test_one_modality() -> None:
         lambda p: p.choose(np.zeros((3, 9), np.float32), 1), lambda p: p.choose(np.zeros((0, 10), np.float32), 1),
         lambda p: p.choose(np.zeros((3, 10), np.float32), 0), lambda p: p.choose(np.full((3, 10), np.nan), 1),
         lambda p: p.scores(np.zeros((3, 10), np.float32), [3]), lambda p: p.scores(np.zeros((3, 10), np.float32), []),
-        lambda p: PreviewConfig(steps=0), lambda p: PreviewConfig(learning_rate=0.0), lambda p: Preview((3, 2, 1), 2),
+        lambda p: PreviewConfig(steps=1), lambda p: PreviewConfig(learning_rate=0.0), lambda p: Preview((3, 2, 1), 2),
         lambda p: Preview((3,), 1), lambda p: Preview((3,), 2, fusion=Projector((4, 2))),
         lambda p: Preview((3,), 2, classifier=torch.nn.Linear(4, 2)),
         lambda p: fit([np.zeros((2, 3))], [0], 2, (3,)), lambda p: fit([np.zeros((2, 3))] * 2, [0, 2], 2, (3,)),

@@ -12,12 +12,18 @@ found so far decides the next question. Trained with nothing but the video's cla
 
 Each modality has keys of its own over the moments and asks with a query of its own; its attention weighs the moments of
 both modalities. A third attention, over the modalities, mixes the two: what comes out is one weight per moment, which
-averages picture and sound features, and Psi fuses them. In training that average is the moment (soft selection), and
-the class is told from the mean of the steps. `choose` takes at each step the moment of the largest weight and masks it
-in all later ones, which the code's flag `--with_replacement` does in spite of its name.
+averages picture and sound features, and Psi fuses them: that is the next step's input (soft selection). The first input
+is Psi of the mean features. The class is told from the mean of the S inputs, so the start and S - 1 looks. Each
+modality's moment of the largest weight is masked in all later steps of that modality, in training as in use, which the
+code's flag `--with_replacement` does in spite of its name; its README trains and tests so (`masks=False`: without).
+`choose` takes the moments that are masked: of each step the two of the modalities, the one of the larger mixed weight
+first, each moment once.
 
 What the code leaves to us: the width of the modality attention's layer (one linear layer of the state), and that batch
-statistics of the keys are of moments that exist, not of padding. Of its recipe the classifier's rate, a tenth, is here.
+statistics of the keys are of moments that exist, not of padding. What differs: with its mask the code also hides one
+random moment from the start, where a run without `--mean_feature_as_start` would begin: here none. A video with fewer
+moments than steps begins anew once all are masked; there the softmax over nothing is uniform, over padding too. Weights
+start as torch draws them, the code's from N(0, 0.02). Of its recipe the classifier's rate, a tenth, is here.
 Weights are float32 and a function of the seed; on a CPU the same features give the same preview to the bit.
 """
 
@@ -52,7 +58,8 @@ MASKED = -1e35  # [C] score of a moment that is not there, or was chosen
 class PreviewConfig:
     """Defaults: the authors' code [C]."""
 
-    steps: int = 10  # [C]
+    steps: int = 10  # [C] of the LSTM; the class is told from the start and 9 looks
+    masks: bool = True  # [C] --with_replacement: no moment is looked at twice by one modality
     hidden: int = 1024  # [C] state of the LSTM
     dim: int = 512  # [C] of queries and keys
     learning_rate: float = 0.01  # [C] SGD, Nesterov
@@ -67,7 +74,7 @@ class PreviewConfig:
     def __post_init__(self) -> None:
         wrong = [
             f"{name} {getattr(self, name)} must be at least {least}"
-            for name, least in (("steps", 1), ("hidden", 1), ("dim", 1), ("batch", 2), ("epochs", 1))
+            for name, least in (("steps", 2), ("hidden", 1), ("dim", 1), ("batch", 2), ("epochs", 1))
             if getattr(self, name) < least
         ]
         if not self.learning_rate > 0:
@@ -154,15 +161,19 @@ class Preview(nn.Module):
         return x if self.fusion is None else self.fusion(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
 
     def forward(self, moments_BND: Tensor, mask_BN: Tensor) -> Looked:
-        """`config.steps` soft looks at videos whose moments are those of the mask (at least one each)."""
+        """`config.steps` steps over videos whose moments are those of the mask (at least one each). The last step's
+        attention is what it would have looked at next; no class is told from it."""
         self._require(moments_BND)
         keys, state, x_BE = self._begin(moments_BND, mask_BN)
+        left = [mask_BN] * len(self.widths)
         seen, weights = [], []
         for _ in range(self.config.steps):
-            weight_BN, state = self._look(keys, mask_BN, state, x_BE)
-            x_BE = self.fuse(torch.einsum("bn,bnd->bd", weight_BN, moments_BND))
             seen.append(x_BE)
+            weight_BN, at_MB, state = self._look(keys, left, state, x_BE)
+            x_BE = self.fuse(torch.einsum("bn,bnd->bd", weight_BN, moments_BND))
             weights.append(weight_BN)
+            if self.config.masks:
+                left = [_without(one, at_B, mask_BN) for one, at_B in zip(left, at_MB, strict=True)]
         return Looked(self.classifier(torch.stack(seen).mean(0)), torch.stack(weights, 1))
 
     @torch.no_grad()
@@ -174,15 +185,18 @@ class Preview(nn.Module):
         x = self._moments(features)
         if budget < 1:
             raise UsageError(f"a budget of {budget} moments", "at least 1")
-        left = torch.ones(1, x.shape[1], dtype=torch.bool)
-        keys, state, x_BE = self._begin(x, left)
+        every = torch.ones(1, x.shape[1], dtype=torch.bool)
+        keys, state, x_BE = self._begin(x, every)
+        left = [every] * len(self.widths)
         chosen: list[int] = []
         while len(chosen) < min(budget, x.shape[1]):
-            weight_BN, state = self._look(keys, left, state, x_BE)
+            weight_BN, at_MB, state = self._look(keys, left, state, x_BE)
             x_BE = self.fuse(torch.einsum("bn,bnd->bd", weight_BN, x))
-            chosen.append(int(torch.where(left, weight_BN, -1.0).argmax()))
-            left[0, chosen[-1]] = False
-        return np.array(chosen, np.int64)
+            now = sorted({int(at) for at in at_MB}, key=lambda n: -float(weight_BN[0, n]))
+            chosen += [n for n in now if n not in chosen]
+            # without masks in training, here all the same: or it would choose the same moments again and again
+            left = [_without(one, at_B, every) for one, at_B in zip(left, at_MB, strict=True)]
+        return np.array(chosen[:budget], np.int64)
 
     @torch.no_grad()
     def attention(self, features: np.ndarray | Tensor) -> np.ndarray:
@@ -202,27 +216,30 @@ class Preview(nn.Module):
     # -- one step ----------------------------------------------------------------------------------------------------
 
     def _begin(self, moments_BND: Tensor, mask_BN: Tensor) -> tuple[list[Tensor], tuple[Tensor, Tensor], Tensor]:
-        """Keys of each modality (B, N, dim), an empty state, and the mean feature, the first input."""
+        """Keys of each modality (B, N, dim), an empty state, and Psi of the mean features, the first input."""
         there = moments_BND[mask_BN]
         keys = []
         for net, part in zip(self.keys, there.split(self.widths, 1), strict=True):
             made = net(part)
             keys.append(made.new_zeros(*mask_BN.shape, made.shape[1]).index_put(mask_BN.nonzero(as_tuple=True), made))
-        fused_BNE = torch.where(mask_BN[:, :, None], self.fuse(moments_BND), 0)
+        mean_BD = torch.where(mask_BN[:, :, None], moments_BND, 0).sum(1) / mask_BN.sum(1, keepdim=True)
         state = moments_BND.new_zeros(len(mask_BN), self.config.hidden)
-        return keys, (state, state), fused_BNE.sum(1) / mask_BN.sum(1, keepdim=True)
+        return keys, (state, state), self.fuse(mean_BD)
 
     def _look(
-        self, keys: list[Tensor], mask_BN: Tensor, state: tuple[Tensor, Tensor], x_BE: Tensor
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """(weights (B, N), new state): what a step attends to after having seen x."""
+        self, keys: list[Tensor], left: list[Tensor], state: tuple[Tensor, Tensor], x_BE: Tensor
+    ) -> tuple[Tensor, list[Tensor], tuple[Tensor, Tensor]]:
+        """(weights (B, N), each modality's moment of the largest (B,), new state): what a step attends to after having
+        seen x. left: bool (B, N) of each modality, the moments that it may look at."""
         h, c = self.cell(x_BE, state)
-        weights = []
-        for key_BND, query in zip(keys, self.queries, strict=True):
+        weights, at = [], []
+        for key_BND, query, left_BN in zip(keys, self.queries, left, strict=True):
             score_BN = torch.einsum("bd,bnd->bn", query(h), key_BND) / self.config.dim**0.5
-            weights.append(torch.softmax(score_BN.masked_fill(~mask_BN, MASKED), 1))
+            score_BN = score_BN.masked_fill(~left_BN, MASKED)
+            weights.append(torch.softmax(score_BN, 1))
+            at.append(score_BN.detach().argmax(1))
         share_BM = torch.softmax(self.modality(h), 1)
-        return torch.einsum("bm,mbn->bn", share_BM, torch.stack(weights)), (h, c)
+        return torch.einsum("bm,mbn->bn", share_BM, torch.stack(weights)), at, (h, c)
 
     def _require(self, x: Tensor) -> None:
         if x.shape[-1] != sum(self.widths):
@@ -266,6 +283,12 @@ def load(path: str | Path) -> Preview:
         with safe_open(str(path), framework="pt") as file:
             made: dict[str, Any] = json.loads((file.metadata() or {})["preview"])
             weights = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (no mapping)
+        if "masks" not in made["config"]:
+            raise CorruptError(
+                f"{path} is a preview of an older avstore",
+                "it was trained without masks, and told classes from other moments",
+                "train it anew: avstore bench untrimmed --keep FILE",
+            )
         config = PreviewConfig(**{**made["config"], "milestones": tuple(made["config"]["milestones"])})
         preview = Preview(
             made["widths"], made["classes"], config, Projector(made["fusion"]) if made["fusion"] else None
@@ -377,6 +400,12 @@ def _by_video(vectors: np.ndarray, video: np.ndarray, second: np.ndarray) -> dic
 def _normed(inputs: int, outputs: int) -> nn.Sequential:
     """A linear layer, batch normalised (so without bias), ReLU; of moments it is a 1 x 1 convolution."""
     return nn.Sequential(nn.Linear(inputs, outputs, bias=False), nn.BatchNorm1d(outputs), nn.ReLU())
+
+
+def _without(left_BN: Tensor, at_B: Tensor, mask_BN: Tensor) -> Tensor:
+    """`left` without the moment `at` of each video; where none is left, all that there are."""
+    left_BN = left_BN.scatter(1, at_B[:, None], False)
+    return torch.where(left_BN.any(1, keepdim=True), left_BN, mask_BN)
 
 
 def _parts(order: Tensor, size: int) -> list[Tensor]:
