@@ -75,7 +75,7 @@ class TwoViews:
     relaxation: str = "mild"
     loose: bool = False
     views: int = 2
-    numbers: int = 4
+    numbers: int = 5  # the last came later: a new one goes to the end, the others keep theirs
 
     def __post_init__(self) -> None:
         if self.relaxation not in RELAXATIONS:

@@ -31,8 +31,8 @@ RELAXATIONS: dict[str, str] = {
     "medium": "a whole window later: adjacent",
     "mixed": "two independent places",
     "extreme": "one in each half of the video",
-    "extreme-video": "pictures as in extreme, sound at the same time",
-    "extreme-audio": "sound as in extreme, pictures at the same time",
+    "extreme-video": "pictures as in extreme, sound at the time of one of the two",
+    "extreme-audio": "sound as in extreme, pictures at the time of one of the two",
 }
 
 
@@ -173,12 +173,13 @@ def two_views(
     lies at one random place in it, the same in both views. So its sound and picture always overlap in full, which is
     stricter than the released code; `loose` does as the code does: the clips of a view only share a surrounding
     window of 1, 1.5 or 2 clips (none, mild, medium), pictures move by parts of the *picture's* length, and in `mixed`
-    each view places its picture in its sound anew. u: (B, 4). relaxation: one of RELAXATIONS.
+    each view places its picture in its sound anew. In the one-sided relaxations the modality that stays has the time of
+    view 1 or of view 2, each as often. u: (B, 5). relaxation: one of RELAXATIONS.
     Windows lie where both picture and sound are; `shrunk` marks videos whose two windows had to move closer.
     """
     if relaxation not in RELAXATIONS:
         raise UsageError(f"no relaxation is called {relaxation!r}", did_you_mean(relaxation, RELAXATIONS))
-    u = _numbers(u, 4)
+    u = _numbers(u, 5)
     span = max(_positive(picture), _positive(sound))
     low, end = extents.both()
     room = np.maximum(end - low - span, 0)  # how far a view's start can move
@@ -214,10 +215,11 @@ def two_views(
             second = np.where(fits, later, low + room)
     pictures = np.stack([first + first_at[0], second + second_at[0]], -1)
     sounds = np.stack([first + first_at[1], second + second_at[1]], -1)
+    stays = np.where(u[:, 4] < 0.5, 0, 1)[:, None]
     if relaxation == "extreme-video":
-        sounds[:, 1] = sounds[:, 0]
+        sounds = np.repeat(np.take_along_axis(sounds, stays, 1), 2, 1)
     if relaxation == "extreme-audio":
-        pictures[:, 1] = pictures[:, 0]
+        pictures = np.repeat(np.take_along_axis(pictures, stays, 1), 2, 1)
     return Windows(_inside(pictures, extents.picture, picture), _inside(sounds, extents.sound_end, sound), shrunk)
 
 

@@ -111,7 +111,7 @@ def test_two_views_stay_inside(relaxation, loose):
     n = 3000
     length = rng.integers(1, 12 * SR, n)
     start = rng.integers(0, SR, n)
-    w = windows.two_views(Extents(length, start, length), u_of(n, 4), SR // 2, 2 * SR, relaxation, loose)
+    w = windows.two_views(Extents(length, start, length), u_of(n, 5), SR // 2, 2 * SR, relaxation, loose)
     assert w.picture.shape == w.sound.shape == (n, 2)
     long = length - start >= 2 * SR
     assert (w.sound[long] >= start[long, None]).all() and (w.sound[long] + 2 * SR <= length[long, None]).all()
@@ -123,12 +123,12 @@ def test_two_views_stay_inside(relaxation, loose):
 @pytest.mark.parametrize(("relaxation", "gap"), [("none", 0), ("mild", SR), ("medium", 2 * SR)])
 def test_fixed_gaps(relaxation, gap):
     n = 2000
-    w = windows.two_views(whole(10, n), u_of(n, 4), SR // 2, 2 * SR, relaxation)
+    w = windows.two_views(whole(10, n), u_of(n, 5), SR // 2, 2 * SR, relaxation)
     assert (np.diff(w.sound) == gap).all() and (np.diff(w.picture) == gap).all() and not w.shrunk.any()
     assert (w.picture >= w.sound).all() and (w.picture + SR // 2 <= w.sound + 2 * SR).all()  # picture within its sound
     assert w.sound[:, 0].min() < 0.1 * SR and w.sound[:, 1].max() > 7.9 * SR
     assert np.ptp(w.picture - w.sound) > 1.4 * SR
-    loose = windows.two_views(whole(10, n), u_of(n, 4), SR // 2, 2 * SR, relaxation, loose=True)
+    loose = windows.two_views(whole(10, n), u_of(n, 5), SR // 2, 2 * SR, relaxation, loose=True)
     assert (np.diff(loose.sound) == gap).all() and (np.diff(loose.picture) == gap // 4).all()
     if relaxation == "mild":  # "v1 lies fully inside a1 in only 2/3 of draws"
         inside = (loose.picture[:, 0] >= loose.sound[:, 0]) & (
@@ -139,10 +139,10 @@ def test_fixed_gaps(relaxation, gap):
 
 def test_extreme_takes_disjoint_halves():
     n = 3000
-    w = windows.two_views(whole(10, n), u_of(n, 4), SR // 2, 2 * SR, "extreme")
+    w = windows.two_views(whole(10, n), u_of(n, 5), SR // 2, 2 * SR, "extreme")
     assert (w.sound[:, 0] + 2 * SR <= 5 * SR).all() and (w.sound[:, 1] >= 5 * SR).all()
     assert (w.picture[:, 0] + SR // 2 <= 5 * SR).all() and (w.picture[:, 1] >= 5 * SR).all()
-    coded = windows.two_views(whole(10, n), u_of(n, 4), SR // 2, 2 * SR, "extreme", loose=True)
+    coded = windows.two_views(whole(10, n), u_of(n, 5), SR // 2, 2 * SR, "extreme", loose=True)
     assert (np.diff(coded.sound) == 3 * SR).all() and coded.sound[
         :, 0
     ].max() <= 3 * SR  # methods.md 3.5: [0, 3] and + 3
@@ -152,27 +152,35 @@ def test_extreme_takes_disjoint_halves():
 def test_one_sided_relaxations():
     for moved in ("picture", "sound"):
         name = {"picture": "extreme-video", "sound": "extreme-audio"}[moved]
-        w = windows.two_views(whole(10, 500), u_of(500, 4), SR // 2, 2 * SR, name)
+        w = windows.two_views(whole(10, 500), u_of(500, 5), SR // 2, 2 * SR, name)
         still = w.sound if moved == "picture" else w.picture
         assert (np.diff(still) == 0).all()
         assert (np.diff(getattr(w, moved)) > 0).all()
+        # the code takes view 1's or view 2's, by a coin: first and second half alike
+        first, second = still[:, 0] + 2 * SR <= 5 * SR, still[:, 0] >= 5 * SR
+        if moved == "sound":
+            first = still[:, 0] + SR // 2 <= 5 * SR
+        assert (first | second).all() and 0.42 < second.mean() < 0.58
+        both = windows.two_views(whole(10, 500), u_of(500, 5), SR // 2, 2 * SR, "extreme")
+        before = both.sound if moved == "picture" else both.picture
+        assert (still[:, 0] == np.where(second, before[:, 1], before[:, 0])).all()
 
 
 def test_mixed_views_are_independent():
-    w = windows.two_views(whole(10, 5000), u_of(5000, 4), SR // 2, 2 * SR, "mixed")
+    w = windows.two_views(whole(10, 5000), u_of(5000, 5), SR // 2, 2 * SR, "mixed")
     assert abs(np.corrcoef(w.sound.T)[0, 1]) < 0.05 and not w.shrunk.any()
 
 
 def test_the_gap_shrinks_first():
     length = np.array([2, 3, 4, 1]) * SR
     extents = Extents(length, np.zeros(4), length)
-    medium = windows.two_views(extents, u_of(4, 4), SR // 2, 2 * SR, "medium")
+    medium = windows.two_views(extents, u_of(4, 5), SR // 2, 2 * SR, "medium")
     assert np.diff(medium.sound)[:, 0].tolist() == [0, SR, 2 * SR, 0]
     assert medium.shrunk.tolist() == [True, True, False, True]
-    extreme = windows.two_views(extents, u_of(4, 4), SR // 2, 2 * SR, "extreme")
+    extreme = windows.two_views(extents, u_of(4, 5), SR // 2, 2 * SR, "extreme")
     assert extreme.shrunk.tolist() == [True, True, False, True]
     assert extreme.sound.tolist() == [[0, 0], [0, SR], [0, 2 * SR], [0, 0]]
-    assert not windows.two_views(extents, u_of(4, 4), SR // 2, 2 * SR, "none").shrunk.any()
+    assert not windows.two_views(extents, u_of(4, 5), SR // 2, 2 * SR, "none").shrunk.any()
 
 
 def test_snippets():
@@ -191,7 +199,7 @@ def test_snippets():
 
 def test_misuse_is_refused():
     with pytest.raises(UsageError, match="did you mean mild"):
-        windows.two_views(whole(10, 1), u_of(1, 4), 1, 1, "mildd")
+        windows.two_views(whole(10, 1), u_of(1, 5), 1, 1, "mildd")
     with pytest.raises(UsageError):
         windows.avid_windows(whole(10, 1), np.ones((1, 2)), 1, 1, 0)
     with pytest.raises(UsageError):
