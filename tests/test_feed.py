@@ -15,7 +15,7 @@ from tiny_store import Tiny, default_spec, make_store
 import avstore
 from avstore.errors import ConflictError
 from avstore.store import Store
-from avstore.views import RandomView, ShiftedSound, Snippets, TwoViews
+from avstore.views import AvidView, RandomView, ShiftedSound, Snippets, TwoViews
 from trainers import fit, methods
 from trainers.config import RunConfig, resolve
 from trainers.data import Feed, Plan
@@ -43,6 +43,8 @@ POLICIES = {
     "snippets": lambda c, rate: Snippets(3, rate // 4),
     "shifted": lambda c, rate: ShiftedSound(),
     "whole": lambda c, rate: RandomView(whole_sound=True),
+    "avid": lambda c, rate: AvidView(rate // 2),
+    "one": lambda c, rate: RandomView(),
 }
 
 
@@ -168,6 +170,26 @@ def test_what_a_store_makes_of_views_labels_and_whole_sounds(store: Store, tmp_p
     alone = avstore.open(make_store(tmp_path / "one.zarr", [Tiny(1.0, key="a.mp4", label="a")], spec))
     with pytest.raises(ConflictError, match="1 class"):
         fit.fit(config("policy=whole", "size=32", name="labelled"), alone)
+
+
+@pytest.mark.parametrize("policy", ["avid", "one", "two", "snippets", "whole"])
+def test_clips_longer_than_their_video_are_told_and_counted(store: Store, policy: str) -> None:
+    """Rules 4 and 13: 20 frames at 8 a second want 2.4 s of the seven videos (3.0 ... 1.75, and 2.0 of which a quarter
+    sounds), and 2.1 s of sound; the last frame looks at what is there 2.375 s after the first."""
+    c = config(f"policy={policy}", "frames=20", "seconds=2.1", "batch=7", "steps=1")
+    notes = [n for n in fit.fit(c, store)[1] if n.startswith("approximate: of 7")]
+    looped, sound = "the pictures of 4 are shorter than 20 frames and loop", ""
+    if policy != "whole":
+        sound = ", the sound of 3 is shorter than 2.1 s and ends in zeros"
+    assert notes == [f"approximate: of 7 videos {looped}{sound}"]
+    feed = Feed(store, take_snapshot(store, c), c, DEVICE, Plan(7, c))
+    try:
+        fed = next(feed)
+    finally:
+        feed.close()
+    assert (fed.looped, fed.padded) == (pytest.approx(4 / 7), pytest.approx(3 / 7 if sound else 0))
+    enough = config(f"policy={policy}", "frames=3", "seconds=0.25")
+    assert not [n for n in fit.fit(enough, store)[1] if n.startswith("approximate: of 7")]
 
 
 def test_needs_come_from_the_configuration_s_own_word(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,7 +36,7 @@ from avstore.loader import Loader
 from avstore.packed import Decode
 from avstore.sampler import Order, SequentialOrder
 from avstore.selection import Selection
-from avstore.views import Views
+from avstore.views import RandomView, Views
 from avstore.windows import to_samples
 from trainers import jpeg_choice
 from trainers.batch import Batch
@@ -83,12 +83,15 @@ class Plan:
 @dataclass(frozen=True)
 class Fed:
     """A batch on the device; `wait`: seconds for the reader; `shrunk`: share of clips whose windows had to move closer;
-    `clips`: how many it holds."""
+    `clips`: how many it holds; `looped`, `padded`: share of its windows whose pictures loop, of those whose sound ends
+    in zeros, since the video is shorter (of windows with any)."""
 
     batch: Batch
     wait: float
     shrunk: float
     clips: int
+    looped: float = 0.0
+    padded: float = 0.0
 
 
 class Normaliser:
@@ -185,6 +188,8 @@ class Feed(Iterator[Fed]):
         policy = policy_of(config, rate)
         self.windows, self.views = policy.views, policy.views * needs.copies
         self.copies, self.samples = needs.copies, to_samples(needs.seconds, rate) if needs.sound else 0
+        self.frames = needs.frames if needs.picture else 0
+        self.whole = isinstance(policy, RandomView) and policy.whole_sound  # as long as the video: nothing to pad
         self.device, self.order, self.loop = device, plan.order, loop
         self.normaliser = Normaliser(needs, snapshot.statistics, rate, device, dtype_of(loop.precision))
         self.augment = None
@@ -265,7 +270,9 @@ class Feed(Iterator[Fed]):
             views=self.views,
             sound_share=share,
         )
-        return Fed(batch, raw.wait, float(raw.shrunk.mean()) if len(raw) else 0.0, len(raw))
+        looped = short(raw.valid_frames, self.frames, raw.has_picture)
+        padded = 0.0 if self.whole else short(raw.valid_samples, self.samples, raw.has_sound)
+        return Fed(batch, raw.wait, float(raw.shrunk.mean()) if len(raw) else 0.0, len(raw), looped, padded)
 
     def _each(self, make: Callable[[int], Tensor]) -> Tensor:
         """One view as it is; several side by side, (B, V, ...), in a memory whose `flatten(0, 1)` is free and keeps
@@ -377,6 +384,14 @@ def why_not_coded(store: Store, needs: Needs) -> str | None:
     if scale > 1:
         return f"frames of {store.spec.height} lines are read at 1/{scale} of their size: only the CPU's decoder can"
     return None
+
+
+def short(valid: np.ndarray, asked: int, here: np.ndarray) -> float:
+    """Share of the windows with anything in them (`here`) of which less than `asked` comes from the video; 0 of none.
+
+    valid: int64 (B, ...), here: bool (B, ...), of `avstore.batch.Batch`.
+    """
+    return float(np.mean(valid[here] < asked)) if asked and bool(np.any(here)) else 0.0
 
 
 MEASURED = 6  # batches of each way to decode; the first only warms up

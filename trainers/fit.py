@@ -16,7 +16,7 @@ import numpy as np
 from avstore.errors import ConflictError
 from avstore.frontends import named
 from avstore.views import AvidView, RandomView, Views
-from avstore.windows import Extents, clip_samples, picture_samples, to_samples
+from avstore.windows import Extents, clip_samples, frame_rows, picture_samples, to_samples
 from trainers.config import RunConfig
 from trainers.methods import method as find_method
 from trainers.needs import Needs
@@ -165,7 +165,7 @@ def _labels(config: RunConfig, store: Store) -> list[str]:
 
 
 def _cuts(config: RunConfig, store: Store) -> list[str]:
-    """Videos too short for the clips asked of them."""
+    """Videos too short for the clips asked of them, or whose whole sound is longer than what is heard of it."""
     needs, rate, numbers = needs_of(config), store.spec.sample_rate, store.numbers
     policy = policy_of(config, rate)
     sound = max(to_samples(needs.seconds, rate), 1) if needs.sound else 1
@@ -173,22 +173,37 @@ def _cuts(config: RunConfig, store: Store) -> list[str]:
     picture = max(clip_samples(needs.frames, fps, rate), 1) if needs.picture else 1
     if not len(numbers):
         return []
-    lengths = store.sound[numbers, 1]
-    if isinstance(policy, RandomView) and policy.whole_sound:
-        longer = int((lengths > sound).sum())
-        return (
-            [f"approximate: the sound of {longer} of {len(numbers)} videos is longer than {needs.seconds:g} s and cut"]
-            if longer
-            else []
-        )
-    if policy.views == 1:
-        return []
-    extents = Extents(picture_samples(store.frames[numbers], store.spec.fps, rate), store.sound[numbers, 0], lengths)
+    frames, sounds = store.frames[numbers], store.sound[numbers]
+    extents = Extents(picture_samples(frames, store.spec.fps, rate), sounds[:, 0], sounds[:, 1])
     half = np.full((len(numbers), max(policy.numbers, 1)), 0.5)
     cut = policy.starts(extents, half, np.zeros(len(numbers), np.int64), picture, sound)
+    pictures, starts = (np.asarray(x, np.int64).reshape(len(numbers), -1) for x in (cut.picture, cut.sound))
+    said, parts = [], []
+    whole = isinstance(policy, RandomView) and policy.whole_sound
+    if needs.picture:  # a native rate below the tape's needs longer still: the metric `looped` counts what comes
+        last = frame_rows(pictures, max(needs.frames, 1), fps, store.spec.fps, rate)[..., -1]
+        looped = int(((last >= frames[:, None]).any(1) & (frames > 0)).sum())
+        if looped:
+            parts.append(f"the pictures of {looped} are shorter than {needs.frames} frames and loop")
+    if needs.sound and not whole:
+        heard = sounds[:, 1] > sounds[:, 0]
+        padded = int(((starts + sound > sounds[:, 1, None]).any(1) & heard).sum())
+        if padded:
+            parts.append(f"the sound of {padded} is shorter than {needs.seconds:g} s and ends in zeros")
+    if parts:
+        said.append(f"approximate: of {len(numbers)} videos {', '.join(parts)}")
+    if whole:
+        longer = int((sounds[:, 1] > sound).sum())
+        if longer:
+            what = f"approximate: the sound of {longer} of {len(numbers)} videos is longer"
+            said.append(f"{what} than {needs.seconds:g} s and cut")
     closer = int(np.asarray(cut.shrunk).sum())
-    what = f"approximate: {closer} of {len(numbers)} videos are too short for the {policy.views} windows asked: "
-    return [f"{what}they move closer together"] if closer else []
+    if closer:
+        said.append(
+            f"approximate: {closer} of {len(numbers)} videos are too short for the {policy.views} windows asked: "
+            "they move closer together"
+        )
+    return said
 
 
 def _ingest_size(size: int) -> str:
