@@ -285,6 +285,9 @@ def _filters(recipe: FrontEnd) -> np.ndarray:
         points = np.minimum(_to_hz(np.linspace(low, high, recipe.bins), recipe.mel), frequencies[-1])
         return np.stack([np.interp(points, frequencies, one) for one in np.eye(len(frequencies))])
     edges = _to_hz(np.linspace(low, high, recipe.bins + 2), recipe.mel)
+    if recipe.mel_norm == "bins":
+        edges = np.floor((recipe.n_fft + 1) * edges / recipe.sample_rate)
+        frequencies = np.arange(recipe.n_fft // 2 + 1.0)
     left, centre, right = edges[:-2], edges[1:-1], edges[2:]
     rising = (frequencies[:, None] - left) / (centre - left)
     falling = (right - frequencies[:, None]) / (right - centre)

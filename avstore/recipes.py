@@ -38,7 +38,7 @@ class FrontEnd:
     scale: str = "mel"
     average: int = 1
     mel: str = "slaney"  # formula of the mel scale: 'slaney' or 'htk'
-    mel_norm: str = "slaney"  # filters of unit 'slaney' area, or 'none': unit peak
+    mel_norm: str = "slaney"  # of unit 'slaney' area; 'none': unit peak; 'bins': that, edges rounded down to FFT bins
     fmin: float = 0.0
     fmax: float = 0.0
     window: str = "hann"  # periodic Hann, or 'boxcar'
@@ -134,8 +134,10 @@ FRONT_ENDS: dict[str, FrontEnd] = {
         # CrissCross: 80 mels over 0-8 kHz, Slaney's scale and area norm (its code's librosa.filters.mel). Centred: 2 s
         # are 201 frames there; the 201st is the row after the clip and is dropped, as AVID drops its own (`rows`).
         FrontEnd("crisscross-mel80", 16000, 1024, 1024, 160, 80, fmax=8000.0),
-        # SeLaVi and GDT: log filter bank of 20-ms windows, not centred, pre-emphasis 0.97, HTK triangles of unit peak,
-        # rectangular window (what python_speech_features, their package, does by default; power without its 1/n_fft).
+        # SeLaVi and GDT: log filter bank of 20-ms windows, not centred, pre-emphasis 0.97, rectangular window, HTK
+        # triangles of unit peak between the bins floor((n_fft + 1) f / rate): what python_speech_features, their
+        # package, does by default, but for its 1/n_fft of the power and its rows. It has 99 in a second, whole windows
+        # only; here the 100th is the last half window and zeros, as every clip has rate * duration rows.
         FrontEnd(
             "gdt-fbank40",
             24000,
@@ -144,7 +146,7 @@ FRONT_ENDS: dict[str, FrontEnd] = {
             240,
             40,
             mel="htk",
-            mel_norm="none",
+            mel_norm="bins",
             fmax=12000.0,
             window="boxcar",
             pad="none",
