@@ -21,7 +21,7 @@ from trainers.barlow_twins import cross_correlation, redundancy
 from trainers.batch import Batch
 from trainers.byol import regression
 from trainers.cm_acc import gradient_factor, kmeans_plus_plus
-from trainers.iic import repeat_frame, shuffle_blocks, shuffle_frames
+from trainers.iic import repeat_frame, shuffle_blocks, swap_quarters
 from trainers.l3 import correspondence
 from trainers.moco import info_nce
 from trainers.momentum import cosine_momentum
@@ -218,12 +218,31 @@ def test_the_intra_negative_is_one_more_of_the_noise() -> None:
 
 def test_timeless_pictures() -> None:
     video = torch.arange(2 * 3 * 4, dtype=torch.float32).view(2, 3, 4, 1, 1)
-    word = torch.tensor([[5, -3, 9, 0], [1, 2, 3, 4]]) << 40
-    shuffled = shuffle_frames(video, word)
-    assert torch.equal(shuffled[0, 0, :, 0, 0], torch.tensor([1.0, 3, 0, 2])) and torch.equal(shuffled[1], video[1])
     still = repeat_frame(video, torch.tensor([(1 << 63) - 1, 0]))
     assert torch.equal(still[1], video[1, :, :1].expand(3, 4, 1, 1))
     assert (still == still[:, :, :1]).all() and bool((still[0, 0, 0] == video[0, 0]).any())
+
+
+def test_two_quarters_change_places() -> None:
+    """IIC's adjacent_shuffle: two of four chunks, all six pairs, never the true order; three pairs of three frames."""
+    for frames, cuts in ((16, (0, 4, 8, 12, 16)), (8, (0, 2, 4, 6, 8)), (6, (0, 2, 3, 5, 6)), (3, (0, 1, 2, 3))):
+        video = torch.arange(float(frames)).view(1, 1, frames, 1, 1).expand(400, 3, frames, 2, 2)
+        word = torch.randint(-(2**62), 2**62, (400, 2), generator=torch.Generator().manual_seed(frames)) * 2
+        out = swap_quarters(video, word)
+        assert out.shape == video.shape and (out == out[:, :1, :, :1, :1]).all()
+        pieces = [list(range(a, b)) for a, b in itertools.pairwise(cuts)]
+        allowed = set()
+        for i, j in itertools.combinations(range(len(pieces)), 2):
+            order = list(pieces)
+            order[i], order[j] = order[j], order[i]
+            allowed.add(tuple(itertools.chain(*order)))
+        found = [tuple(map(int, clip)) for clip in out[:, 0, :, 0, 0].tolist()]
+        assert set(found) == allowed and tuple(range(frames)) not in allowed
+        assert min(found.count(order) for order in allowed) > 400 / len(allowed) / 2
+    with pytest.raises(UsageError, match="one frame"):
+        swap_quarters(video[:, :, :1], word)
+    with pytest.raises(UsageError, match="nothing to exchange"):
+        iic.Config(intra="shuffle", frames=1)
 
 
 @settings(max_examples=30, deadline=None)

@@ -2,8 +2,9 @@
 sound.
 
 Contrast between videos can be solved by appearance, so IIC adds negatives made of the *same* video with its time
-destroyed: one frame repeated, or the frames shuffled. An embedding must then tell a video from what it would be
-without its motion. Sound takes the place of IIC's second view (residual frames or optical flow).
+destroyed: one frame repeated, or two of the clip's four quarters exchanged (`intra=shuffle`). An embedding must then
+tell a video from what it would be without its motion. Sound takes the place of IIC's second view (residual frames or
+optical flow).
 
     avstore train iic --preset tiny
     avstore train iic --preset tiny --set intra=shuffle
@@ -42,7 +43,7 @@ from trainers.pair import TINY, Metrics, Pair, PairConfig, below, clips, not_abo
 from trainers.projectors import Norm, Projector
 from trainers.towers import unit
 
-__all__ = ["PRESETS", "Config", "Iic", "clips", "nce", "repeat_frame", "scores", "shuffle_blocks", "shuffle_frames"]
+__all__ = ["PRESETS", "Config", "Iic", "clips", "nce", "repeat_frame", "scores", "shuffle_blocks", "swap_quarters"]
 
 FRAMES, BLOCKS = 0x6672616D, 0x626C6F63  # streams of `trainers.draws`: "fram", "bloc"
 INTRA = ("repeat", "shuffle")
@@ -52,7 +53,7 @@ INTRA = ("repeat", "shuffle")
 class Config(PairConfig):
     """Defaults: S1's comparison with IIC's contrast; what is not here is `pair.PairConfig`'s."""
 
-    intra: Literal["repeat", "shuffle"] = "repeat"  # [C] IIC's best: one frame repeated
+    intra: Literal["repeat", "shuffle"] = "repeat"  # [C] IIC's best: one frame repeated; shuffle: two quarters swapped
     blocks: int = 16  # [ours] into which a sound's time is cut and shuffled
     negatives: int = 1024  # [C]
     temperature: float = 0.07  # [C]
@@ -67,6 +68,8 @@ class Config(PairConfig):
         wrong += not_above(self, 0, "temperature")
         if self.intra not in INTRA:
             wrong.append(f"intra {self.intra!r}: {did_you_mean(self.intra, INTRA)}")
+        if self.intra == "shuffle" and self.frames < 2:
+            wrong.append(f"intra shuffle of {self.frames} frame has nothing to exchange: intra=repeat, or more frames")
         if not 0 <= self.bank_momentum < 1:
             wrong.append(f"bank_momentum {self.bank_momentum} must lie in [0, 1)")
         return wrong
@@ -85,9 +88,22 @@ def repeat_frame(video_B3THW: Tensor, word_B: Tensor) -> Tensor:
     return video_B3THW[clip, :, frame_B][:, :, None].expand_as(video_B3THW)
 
 
-def shuffle_frames(video_B3THW: Tensor, word_BT: Tensor) -> Tensor:
-    """The frames of each clip in the order of its random words (which is the true order once in T! times)."""
-    order_BT = word_BT.argsort(1)
+def swap_quarters(video_B3THW: Tensor, word_B2: Tensor) -> Tensor:
+    """Each clip cut into four parts (fewer of fewer frames), two of which change places: never the true order.
+
+    word_B2: random words: the first part, and how far behind it, in a circle, the second lies. Parts differ by a frame
+    where the length does not divide. UsageError for clips of one frame.
+    """
+    frames = video_B3THW.shape[2]
+    parts = min(4, frames)
+    if parts < 2:
+        raise UsageError("clips of one frame have no order to destroy", "", "--set intra=repeat, or --set frames=16")
+    first_B = draws.below(word_B2[:, 0], parts)
+    second_B = (first_B + 1 + draws.below(word_B2[:, 1], parts - 1)) % parts
+    place_BK = torch.arange(parts, device=first_B.device).repeat(len(first_B), 1)
+    place_BK.scatter_(1, first_B[:, None], second_B[:, None]).scatter_(1, second_B[:, None], first_B[:, None])
+    part_T = torch.arange(frames, device=first_B.device) * parts // frames
+    order_BT = place_BK[:, part_T].argsort(dim=1, stable=True)
     return video_B3THW.gather(2, order_BT[:, None, :, None, None].expand_as(video_B3THW))
 
 
@@ -154,7 +170,7 @@ class Iic(Pair):
         destroyed = (
             repeat_frame(batch.video, word[:, 0])
             if self.config.intra == "repeat"
-            else shuffle_frames(batch.video, word)
+            else swap_quarters(batch.video, word[:, :2])
         )
         word = draws.bits(draws.key(batch.seed, BLOCKS, batch.epoch), items, self.config.blocks)
         sound = shuffle_blocks(batch.audio, word, batch.sound_share)
