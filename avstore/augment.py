@@ -41,7 +41,7 @@ class VideoAugment:
 
     crop "resized": of any `area` and `ratio`. "random": of evaluation's scale, at any place ("112 of 128x171": VCOP,
     IIC, AVCL); area and ratio then count for nothing. CrissCross adds grey=0.2, blur=0.5 (probabilities) and cutout=20
-    (side in pixels, filled with the mean); a run's settings call them gray, blur and cutout.
+    (the largest side of its square, in pixels); a run's settings call them gray, blur and cutout.
     """
 
     size: int = 112
@@ -60,7 +60,7 @@ class VideoAugment:
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
 
-    NUMBERS = 2 * _TRIES + 13  # uniform numbers per clip; a new one goes to the end, the places of the others stay
+    NUMBERS = 2 * _TRIES + 14  # uniform numbers per clip; a new one goes to the end, the places of the others stay
 
     def __post_init__(self) -> None:
         if self.size < 1 or not 0 < self.area[0] <= self.area[1] <= 1 or not 0 < self.ratio[0] <= self.ratio[1]:
@@ -149,12 +149,12 @@ class VideoAugment:
         return clips
 
     def _blur(self, clips: Tensor, u: NDArray[np.float64]) -> Tensor:
-        """Gaussian, separable, reflected at the edges, over 4 standard deviations of the widest."""
+        """Gaussian, separable, reflected at the edges, as wide as a tenth of the picture (SimCLR; 11 taps of 112)."""
         which = np.flatnonzero(u[:, 7] < self.blur)
         if not len(which):
             return clips
         sigma = self.blur_sigma[0] + (self.blur_sigma[1] - self.blur_sigma[0]) * u[which, 8]
-        reach = min(int(np.ceil(4 * self.blur_sigma[1])), self.size - 1)
+        reach = min(max(self.size // 20, 1), self.size - 1)
         taps = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma[:, None]) ** 2)
         # as a matrix: every edge's reflection is folded in once, and the blur is two products
         source = np.abs(np.arange(self.size)[:, None] + np.arange(-reach, reach + 1))
@@ -169,14 +169,17 @@ class VideoAugment:
         return clips
 
     def _cut(self, clips: Tensor, u: NDArray[np.float64]) -> Tensor:
-        """A square of zeros (the mean, after normalisation), wholly inside the picture."""
+        """CrissCross' cut-out, of normalised clips: a side is drawn in 1 .. cutout, halved and rounded down to what
+        lies on each side of a centre drawn anywhere; what lies in the picture of that square is multiplied, in every
+        frame, by the mean of the clip's first frame (which is what its code does where it means to fill)."""
         if self.cutout:
-            corner = draws.integers(u[:, 9:11], 0, self.size - self.cutout)
-            inside = (np.arange(self.size) >= corner[..., None]) & (
-                np.arange(self.size) < corner[..., None] + self.cutout
-            )
+            half = draws.integers(u[:, 11:12], 1, self.cutout)[..., None] // 2
+            centre = draws.integers(u[:, 9:11], 0, self.size - 1)[..., None]
+            at = np.arange(self.size)
+            inside = (at >= centre - half) & (at < centre + half)
             hole = there(inside[:, 0, :, None] & inside[:, 1, None, :], clips.device)
-            clips = clips.masked_fill(hole[:, None, None], 0.0)
+            mean = clips[:, :, 0].mean((1, 2, 3))
+            clips = torch.where(hole[:, None, None], clips * _wide(mean), clips)
         return clips
 
 

@@ -62,7 +62,7 @@ class TrainConfig:
     hue: float = 0.2  # [C] AVID
     gray: float = 0.0  # [ours] off; share of clips that lose their colour (CrissCross 0.2)
     blur: float = 0.0  # [ours] off; share of clips blurred, sigma 0.1 to 2 pixels (CrissCross 0.5)
-    cutout: int = 0  # [ours] off; side in pixels of a square that is blanked (CrissCross 20)
+    cutout: int = 0  # [ours] off; largest side in pixels of a square that is dimmed (CrissCross 20)
     sound_gain: float = 0.1  # [C] AVID: loudness times 1 +- this
     time_mask: float = 0.0  # [ours] off; two bands of rows are blanked, each up to this share (CrissCross 0.1)
     freq_mask: float = 0.0  # [ours] off; two bands of bins, likewise (CrissCross 0.125)

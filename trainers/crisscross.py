@@ -22,6 +22,9 @@ What differs from the poster or the authors' code, and why:
   cosine to 1e-4, the predictors at a constant 2e-3 (`trainers/optimiser.py`). `larc=0 predictor_rate=0` is plain Adam.
 * Sound: gain, then two masks each way, then BYOL-A's random resized crop (`avstore.augment.crop_rows`), in the code's
   order. Masks are filled with the bins' means over the run's set, the code's with the mean of the clip.
+* Pictures: the code's blur hands its range of deviations to a function that takes them as those of the two axes, so it
+  always blurs by 2 pixels along the height and not at all along the width; here both have one deviation, drawn in that
+  range, over the code's 11 taps. The cut-out multiplies by the mean of the first frame, as the code's does.
 * Spectrograms are normalised by the statistics of the run's own selection, not by the authors' two numbers.
 """
 
@@ -90,7 +93,7 @@ class Config:
     front_end: str = "crisscross-mel80"  # [C]
     gray: float = 0.2  # [C]
     blur: float = 0.5  # [C]
-    cutout: int = 20  # [C] pixels
+    cutout: int = 20  # [C] pixels, the largest side
     sound_gain: float = 0.2  # [C]
     time_mask: float = 0.1  # [C] two masks of fewer than 20 of 200 rows
     freq_mask: float = 0.125  # [C] two masks of fewer than 10 of 80 bins
