@@ -275,11 +275,12 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "own",
     [("audio=1.2s",), ("audio=raw", "frames=1"), ("audio=raw", "width=2", "video_net=vcop-r3d", "audio_net=vcop-r3d"),
-     ("video_net=vcop-r3d", "audio_net=vcop-r3d", "front_end=avcl-mel256", "shared=true")],
+     ("video_net=vcop-r3d", "audio_net=vcop-r3d", "front_end=avcl-mel256", "shared=true",
+      "seconds=2")],
 )  # fmt: skip
 def test_a_run_that_stops_and_goes_on(tmp_path: Path, own: tuple[str, ...]) -> None:
     config = resolve("avcl", preset="tiny", sets=[
-        "width=4", "frames=4", "size=32", "seconds=2", "batch=5", "epochs=3", "draws=1", "statistics_clips=16",
+        "width=4", "frames=4", "size=32", "batch=5", "epochs=3", "draws=1", "statistics_clips=16",
         "in_process=true", "threads=1", "precision=fp32", "log_every=1", *own,
     ])  # fmt: skip
     run = goes_on_to_the_bit("avcl", store_in(tmp_path), config, tmp_path)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from avstore.errors import NotFoundError, UsageError
 from trainers import config as c
 from trainers import settings
+from trainers.fit import needs_of
 from trainers.methods import METHODS
 from trainers.typed import as_text
 
@@ -160,3 +161,29 @@ def test_values_survive_being_written_as_text(batch: int, rate: float, small: bo
     sets = [f"batch={as_text(batch)}", f"learning_rate={as_text(rate)}", f"small={as_text(small)}"]
     run = c.resolve("avid", sets=sets)
     assert (run.method.batch, run.method.learning_rate, run.method.small) == (batch, rate, small)
+
+
+@pytest.mark.parametrize(
+    ("method", "sets", "shown", "wrong"),
+    [
+        ("avcl", ("audio=1.2s",), {"seconds": 1.28}, "seconds=5"),
+        ("avcl", ("audio=raw",), {"seconds": 1.28, "front_end": "avcl-raw"}, "front_end=avid-linear129"),
+        ("ccl", ("loss_scale=code",), {"mix": 0.5}, "mix=0.9"),
+    ],
+)
+@pytest.mark.parametrize("preset", ["paper", "tiny"])
+def test_a_setting_that_would_do_nothing_is_refused(method, sets, shown, wrong, preset) -> None:
+    """And what is shown is what is done, whatever the preset says; the same value may be said again."""
+    done = c.resolve(method, preset=preset, sets=sets)
+    assert {k: done.values()[k] for k in shown} == shown
+    if method == "avcl":
+        needs = needs_of(done)
+        assert (needs.seconds, needs.front_end) == (1.28, done.values()["front_end"])
+    with pytest.raises(UsageError, match="would do nothing"):
+        c.resolve(method, preset=preset, sets=(*sets, wrong))
+    again = c.resolve(method, preset=preset, sets=(*sets, *(f"{k}={v}" for k, v in shown.items())))
+    assert again.values() == done.values()
+    assert c.resolve(method, preset=preset, sets=(wrong,)).asked, "without the mode it counts"
+    before = done.to_json()
+    before["values"] = before["values"] | ({"seconds": 10.0} if method == "avcl" else {"mix": 0.9})
+    assert c.RunConfig.from_json(before).values() == done.values()

@@ -24,8 +24,9 @@ What the paper leaves open, and what differs:
 * The sound image: 256 mel-spaced bands of 10 ms rows, stretched to 256 columns, cropped at random to 112 x 112 and
   repeated over colour and time (`sound_image.py`). `audio=1.2s`: 1.28 s that begin with the clip, by default in rows
   of 5 ms (`avcl-mel256-5ms`: 256 x 256 without stretching), as in the code of the paper's source of this sentence.
-  `audio=raw`: 1.28 s of waveform in rows of 10 ms (`avcl-raw`), whatever `front_end` says; the paper tells neither the
-  length nor how its networks took it. A sound network of `backbones.AUDIO` (tiny) hears the rows as they are.
+  `audio=raw`: 1.28 s of waveform in rows of 10 ms (`avcl-raw`); the paper tells neither the length nor how its networks
+  took it. Both set `seconds` and `front_end`, and other ones are refused. A sound network of `backbones.AUDIO` (tiny)
+  hears the rows as they are.
 * One modality alone cannot be gated: towers `video` and `audio` are the networks' own features, `joint` is [f_v, f_a],
   what the paper's classifier is given.
 """
@@ -35,7 +36,7 @@ What the paper leaves open, and what differs:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -101,14 +102,17 @@ class Config(PairConfig):
         """Of cgra_layers, in their order."""
         return () if self.cgra_layers == "none" else tuple(self.cgra_layers.split("+"))
 
-    def needs(self) -> Needs:
-        """Length and front-end of the sound follow `audio`: Table 1."""
-        seconds, front_end = SHORT, "avcl-raw"
+    def settled(self) -> dict[str, Any]:
+        """What `audio` decides (Table 1): of `1.2s` and `raw` the length of the sound and its front-end."""
         if self.audio == "whole":
-            seconds, front_end = self.seconds, self.front_end
-        elif self.audio == "1.2s":
-            front_end = SHORT_FRONT_ENDS.get(self.front_end, self.front_end)
-        return Needs(self.frames, self.fps, self.size, seconds, front_end)
+            return {}
+        front_end = "avcl-raw" if self.audio == "raw" else SHORT_FRONT_ENDS.get(self.front_end, self.front_end)
+        return {"seconds": SHORT, "front_end": front_end}
+
+    def needs(self) -> Needs:
+        """Length and front-end of the sound follow `audio`."""
+        heard = {"seconds": self.seconds, "front_end": self.front_end} | self.settled()
+        return Needs(self.frames, self.fps, self.size, **heard)
 
 
 # the demo set's videos last 3 s; at the rivals' rate of 2e-3 gates shut for good and the loss doubles [ours]

@@ -39,7 +39,7 @@ Sources of teachers: `teacher.py`. What the report leaves open, and what differs
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +73,7 @@ class Config:
     image_dim: int = 512  # [C] of the image teacher's
     audio_temperature: float = 0.5  # [C]
     image_temperature: float = 0.1  # [C]
-    mix: float = 0.5  # [ours] lambda of eqs. 6.4, 6.5
+    mix: float = 0.5  # [ours] lambda of eqs. 6.4, 6.5; with loss_scale=code there is none
     loss_scale: Literal["report", "code"] = "report"  # [S2] eqs. 6.1 + 6.4 + 6.5; code: [C] two losses of plain sums
     symmetric: bool = False  # [S2] eq. 6.3; True: [C] also from teacher to student
     divergence: float = 0.0  # [S2] none; [C] 0.5: weight of the symmetric KL of student and composition
@@ -133,6 +133,10 @@ class Config:
             wrong.append(f"divergence {self.divergence} must not be negative")
         if wrong:
             raise UsageError("the configuration of ccl does not hold", "; ".join(wrong), "correct it with --set")
+
+    def settled(self) -> dict[str, Any]:
+        """The code's loss has no lambda: another one than the default would do nothing."""
+        return {"mix": Config.mix} if self.loss_scale == "code" else {}
 
     @property
     def names(self) -> tuple[str, ...]:

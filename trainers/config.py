@@ -249,6 +249,22 @@ class RunConfig:
         looped = dataclasses.replace(self.loop, **({k: v for k, v in values.items() if k in loop} | both))
         return dataclasses.replace(self, method=changed, loop=looped)
 
+    def settled(self) -> RunConfig:
+        """The same with what the method's other settings decide (its configuration's `settled()`, key -> value, where
+        it has one): so what is shown is what is done. UsageError for a key among them that the user gave another value.
+        """
+        if not callable(getattr(self.method, "settled", None)):
+            return self
+        fixed: dict[str, Any] = self.method.settled()
+        for key in sorted(fixed.keys() & self.asked):
+            if self.values()[key] != fixed[key]:
+                raise UsageError(
+                    f"{self.name}: {key}={self.values()[key]} would do nothing",
+                    f"with these settings {key} is {fixed[key]}",
+                    f"leave {key} away, or avstore train {self.name} --show-config",
+                )
+        return self.replace(**fixed)
+
     def to_json(self) -> dict[str, Any]:
         return {"method": self.name, "preset": self.preset, "asked": sorted(self.asked), "values": self.values()}
 
@@ -279,7 +295,7 @@ class RunConfig:
         given = {k: v for k, v in (LATER | LATER_OF.get(base.name, {})).items() if k in known}
         named = {k: FORMER[k].get(v, v) if k in FORMER else v for k, v in value["values"].items()}
         given |= {k: typed(k, v, hints[k]) for k, v in named.items()}
-        done = base.replace(**given)
+        done = base.replace(**given).settled()  # runs of before that kept a value which did nothing keep their place
         return dataclasses.replace(done, preset=value.get("preset"), asked=frozenset(value.get("asked", ())))
 
 
@@ -309,7 +325,7 @@ def resolve(
             )
         given[key] = typed(key, value, hints[key])
     done = base.replace(**given)
-    return dataclasses.replace(done, preset=preset, asked=frozenset(given))
+    return dataclasses.replace(done, preset=preset, asked=frozenset(given)).settled()
 
 
 def resolve_stage(
@@ -338,7 +354,7 @@ def resolve_stage(
             raise UsageError(f"{stage} has no setting {key!r}", did_you_mean(key, hints))
         given[key] = typed(key, value, hints[key])
     done = base.replace(**given)
-    return dataclasses.replace(done, preset=preset, asked=frozenset(given))
+    return dataclasses.replace(done, preset=preset, asked=frozenset(given)).settled()
 
 
 # ---- how it is done -----------------------------------------------------------------------------------------------
