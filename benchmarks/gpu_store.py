@@ -15,10 +15,11 @@ from benchmarks import demo_set
 from benchmarks.gpu import Bench, Row
 from trainers import data
 from trainers.config import RunConfig, resolve
-from trainers.loop import Meter, Trainer
+from trainers.meter import Meter
 from trainers.prefetch import ahead
 from trainers.process import kernels
 from trainers.snapshot import take_snapshot
+from trainers.trainer import Trainer
 
 
 def configuration(bench: Bench) -> RunConfig:

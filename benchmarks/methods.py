@@ -32,7 +32,8 @@ from benchmarks.svm import svm
 from benchmarks.table import Table
 from trainers.config import RunConfig, resolve
 from trainers.embed import embed_videos
-from trainers.loop import Event, train
+from trainers.events import Event
+from trainers.loop import train
 from trainers.methods import METHODS
 from trainers.run import Run
 

@@ -32,7 +32,7 @@ from trainers.bank import MemoryBank
 from trainers.batch import Batch
 from trainers.config import RunConfig, resolve
 from trainers.data import Fed
-from trainers.loop import Trainer
+from trainers.trainer import Trainer
 from trainers.negatives import draw_negatives
 from trainers.optimiser import channels_last
 from trainers.positives import mine_positives

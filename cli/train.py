@@ -15,7 +15,7 @@ from cli.store import Json, StoreArgument
 if TYPE_CHECKING:
     from avstore.store import Store
     from trainers.config import RunConfig
-    from trainers.loop import Event
+    from trainers.events import Event
 
 
 def train(

@@ -16,7 +16,8 @@ from avstore.errors import ExtraMissingError, InterruptedRun, UsageError
 from trainers import compiled
 from trainers.config import RunConfig, resolve
 from trainers.encoders import AudioNet, VideoNet
-from trainers.loop import Event, train
+from trainers.events import Event
+from trainers.loop import train
 from trainers.run import Run
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)

@@ -23,7 +23,8 @@ from avstore.store import Store
 from trainers import data, fit
 from trainers.avid import Avid
 from trainers.config import TrainConfig, resolve
-from trainers.loop import Event, train, train_with_stages
+from trainers.events import Event
+from trainers.loop import train, train_with_stages
 from trainers.metrics import read_metrics
 from trainers.optimiser import learning_rate_at
 from trainers.run import OpenRun, Run

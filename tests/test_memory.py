@@ -18,7 +18,8 @@ from avstore.store import Store
 from trainers import memory
 from trainers.config import RunConfig, resolve
 from trainers.embed import embed_videos
-from trainers.loop import Event, train, train_with_stages
+from trainers.events import Event
+from trainers.loop import train, train_with_stages
 from trainers.methods import METHODS
 from trainers.run import Run, build
 

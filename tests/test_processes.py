@@ -14,7 +14,7 @@ import pytest
 import torch
 from tiny_run import config, store_in, tensors
 
-from trainers import loop
+from trainers import loop, trainer
 from trainers.config import RunConfig, resolve
 from trainers.metrics import read_metrics
 from trainers.run import Run
@@ -88,8 +88,8 @@ def converted(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def with_global_statistics() -> None:
-    honest = loop.build
-    loop.build = lambda *a: converted(honest(*a))
+    honest = trainer.build
+    trainer.build = lambda *a: converted(honest(*a))
 
 
 class Said(NamedTuple):
@@ -134,8 +134,8 @@ def nearly(one: Run, two: Run) -> None:
 
 def test_two_processes_end_where_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = store_in(tmp_path)
-    honest = loop.build
-    monkeypatch.setattr(loop, "build", lambda *a: converted(honest(*a)))
+    honest = trainer.build
+    monkeypatch.setattr(trainer, "build", lambda *a: converted(honest(*a)))
     one = loop.train("avid", store, config(*SETS), tmp_path / "one").run
     said = launch(store.path, tmp_path / "two", config(*SETS), 2)
     assert [(s.code, s.out[:1]) for s in said] == [(0, "6"), (0, "6")], said[0].wrong + said[1].wrong
@@ -158,8 +158,8 @@ def test_parameters_that_a_step_leaves_out(tmp_path: Path, monkeypatch: pytest.M
     without = "from trainers.sscl import Sscl; del Sscl.unused_parameters"
     refused = launch(store.path, tmp_path / "refused", c, 2, without)
     assert all(s.code != 0 for s in refused) and "find_unused_parameters" in refused[0].wrong, refused[0].wrong
-    honest = loop.build
-    monkeypatch.setattr(loop, "build", lambda *a: converted(honest(*a)))
+    honest = trainer.build
+    monkeypatch.setattr(trainer, "build", lambda *a: converted(honest(*a)))
     one = loop.train(c.name, store, c, tmp_path / "one").run
     said = launch(store.path, tmp_path / "two", c, 2)
     assert [(s.code, s.out[:1]) for s in said] == [(0, "4"), (0, "4")], said[0].wrong + said[1].wrong

@@ -1,6 +1,6 @@
 """Pre-training methods, one readable file each, and the plumbing they share. Importing this package imports nothing.
 
-A method is an `nn.Module` that the loop (`loop.py`) drives through this contract, and nothing else:
+A method is an `nn.Module` that the loop (`loop.py`, `trainer.py`) drives through this contract, and nothing else:
 
     class Method(nn.Module):
         needs: Needs                      what clip it is fed (`needs.py`); the loop compares it with the store

@@ -16,10 +16,13 @@ from benchmarks.gpu_train import adam_difference, batch_norm_difference
 from benchmarks.step import _trainer, synthetic
 from trainers import data
 from trainers.config import METHODS, preset_of
-from trainers.loop import Event, Meter, Trainer, train
+from trainers.events import Event
+from trainers.loop import train
+from trainers.meter import Meter
 from trainers.prefetch import ahead
 from trainers.run import Run
 from trainers.snapshot import take_snapshot
+from trainers.trainer import Trainer
 
 SETS = ("device=cuda", "in_process=false", "checkpoint_every=2", "deterministic=true")
 
