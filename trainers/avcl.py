@@ -111,7 +111,7 @@ class Config(PairConfig):
 
     def needs(self) -> Needs:
         """Length and front-end of the sound follow `audio`."""
-        heard = {"seconds": self.seconds, "front_end": self.front_end} | self.settled()
+        heard: dict[str, Any] = {"seconds": self.seconds, "front_end": self.front_end} | self.settled()
         return Needs(self.frames, self.fps, self.size, **heard)
 
 
