@@ -32,12 +32,12 @@ from trainers.bank import MemoryBank
 from trainers.batch import Batch
 from trainers.config import RunConfig, resolve
 from trainers.data import Fed
-from trainers.trainer import Trainer
 from trainers.negatives import draw_negatives
 from trainers.optimiser import channels_last
 from trainers.positives import mine_positives
 from trainers.process import choose_device, thread_count
 from trainers.snapshot import Snapshot
+from trainers.trainer import Trainer
 
 Progress = Callable[[str, int, int], None]
 LIMIT = 0.05  # of the loop above forward and backward, at `small`
