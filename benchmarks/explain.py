@@ -33,7 +33,8 @@ from avstore.augment import IMAGENET_MEAN, IMAGENET_STD
 from avstore.errors import ConflictError, ExtraMissingError, UsageError, did_you_mean
 from benchmarks.card import coloured
 from trainers.data import open_loader
-from trainers.embed import Embedder, embed_checkpoint
+from trainers.embed import embed_checkpoint
+from trainers.embedder import Embedder
 from trainers.encoders import BLOCKS, Encoder
 from trainers.seconds import ListedOrder, SecondView
 

@@ -83,7 +83,8 @@ def of_store(store: Store, name: str, choice: dict[str, Any]) -> Given:
 
 def of_checkpoint(store: Store, run: Run, which: str | int, device: str, choice: dict[str, Any]) -> Given:
     """From what a checkpoint's networks give now; nothing is written. NotFoundError as `of_store`."""
-    from trainers.embed import Embedder, embed_videos
+    from trainers.embed import embed_videos
+    from trainers.embedder import Embedder
 
     method = run.load(which)
     sizes = Embedder(method, run, store.spec.sample_rate, device).sizes()

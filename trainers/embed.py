@@ -9,52 +9,37 @@ shorter than the clip loops its pictures, its sound is padded with zeros, as in 
 length), 'video-trunk', 'audio-trunk' (pooled features), and what else a method has ('joint', of rows with picture and
 sound). Vectors that are not finite are refused.
 
-Written shard by shard under a dotted name beside the place, renamed when complete; repeating the command fills what is
-missing, also after a new ingest. A file that was never ingested goes through the very same code: it is ingested into a
-store of one video, in a temporary folder, with this store's spec.
+The networks over the store are `embedder.py`'s, the arrays `embedding_arrays.py`'s: written shard by shard under a
+dotted name beside the place, renamed when complete; repeating the command fills what is missing, also after a new
+ingest. A file that was never ingested goes through the very same code: it is ingested into a store of one video, in a
+temporary folder, with this store's spec.
 """
 
 from __future__ import annotations
 
 import hashlib
-import inspect
 import os
-import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import nn
 
-from avstore.codecs import with_crc
-from avstore.durable import canonical_json, machine_errors, read_json, sync_folder, write_atomic
-from avstore.errors import AvstoreError, ConflictError, NotFoundError, UsageError, did_you_mean
+from avstore.durable import canonical_json
+from avstore.errors import NotFoundError, UsageError, did_you_mean
 from avstore.lock import StoreLock
-from avstore.records import record_path
-from avstore.spec import ArraySpec, embedding_array
-from trainers.data import Normaliser, open_loader
+from avstore.spec import embedding_array
+from trainers.embedder import BATCH, Embedder, Vectors
+from trainers.embedding_arrays import Event, TowerArray, committed_shards, make_group, write_seconds
 from trainers.fit import needs_of
-from trainers.process import choose_device
 from trainers.run import Run, build
-from trainers.seconds import ListedOrder, SecondView
+from trainers.seconds import seconds_of_videos
 
 if TYPE_CHECKING:
     from avstore.store import Store
-
-BATCH = 32
-Vectors = dict[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class Event:
-    """Progress: seconds of the tape that are embedded, of how many."""
-
-    done: int
-    total: int
 
 
 @dataclass(frozen=True)
@@ -109,10 +94,10 @@ def embed(
     lineage = _lineage(run, chosen, store, every)
     with StoreLock(store.path) as lock:
         lock.shared()
-        _group(store.path / "embeddings" / name)
-        arrays = [_Array(store, embedding_array(name, t, sizes[t]), lineage, replace) for t in wanted]
-        todo = [s for s in _committed_shards(store) if any(not a.has(s) for a in arrays)]
-        seconds = _write(embedder, store, arrays, todo, every, batch, on_event)
+        make_group(store.path / "embeddings" / name)
+        arrays = [TowerArray(store, embedding_array(name, t, sizes[t]), lineage, replace) for t in wanted]
+        todo = [s for s in committed_shards(store) if any(not a.has(s) for a in arrays)]
+        seconds = write_seconds(embedder, store, arrays, todo, every, batch, on_event)
         for array in arrays:
             array.finish(store)
     return Embedded(name, wanted, chosen.step, seconds, len(todo), not store.pending_tasks)
@@ -211,257 +196,6 @@ def video_means(store: Store, run: str, tower: str, numbers: np.ndarray) -> np.n
     return means[[place[int(n)] for n in numbers]]
 
 
-def seconds_of_videos(store: Store, numbers: np.ndarray, every: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """(rows into `numbers`, seconds), int64 each: every begun second of each video, in order."""
-    counts = np.array([-(-store.seconds(int(n)) // 1) for n in numbers], np.int64)
-    rows = np.repeat(np.arange(len(numbers)), counts)
-    seconds = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
-    keep = seconds % every == 0
-    return rows[keep], seconds[keep]
-
-
-class Embedder:
-    """A method in eval mode on its device, with what normalises its input.
-
-    A method has the towers that its `embed` gives: of pictures, of sound, or of both together (a key that only a call
-    with both brings, such as 'joint'). One whose `embed` takes `sound_share` is told what of a window is no padding.
-    """
-
-    def __init__(self, method: nn.Module, run: Run, sample_rate: int, device: str = "auto") -> None:
-        self.device = choose_device(device)
-        self.method: Any = method.float().eval().to(self.device)
-        self.needs = needs_of(run.config)
-        self.normaliser = Normaliser(self.needs, run.snapshot.statistics, sample_rate, self.device, torch.float32)
-        self.sample_rate = sample_rate
-        self.wants_share = "sound_share" in inspect.signature(method.embed).parameters  # type: ignore[arg-type]
-        self._joint: frozenset[str] | None = None
-
-    @torch.no_grad()
-    def sizes(self) -> dict[str, int]:
-        """Towers with the length of their vectors. UsageError where the method has none."""
-        frames = torch.zeros((1, self.needs.frames, 64, 64, 3), dtype=torch.uint8, device=self.device)
-        here, on = np.ones(1, bool), torch.ones(1, dtype=torch.bool, device=self.device)
-        video = audio = None
-        found: dict[str, torch.Tensor] = {}
-        if self.needs.picture:
-            video = self.normaliser.video(frames, np.array([[0, 0, 64, 64]]), here, on)
-            found |= self._embed(video, None, None)
-        if self.normaliser.mean is not None:
-            wave = torch.zeros((1, int(self.needs.seconds * self.sample_rate)), dtype=torch.int16, device=self.device)
-            audio = self.normaliser.audio(wave, here, on)
-            found |= self._embed(None, audio, torch.ones(1, device=self.device))
-        alone = frozenset(found)
-        if video is not None and audio is not None:
-            found |= self._embed(video, audio, torch.ones(1, device=self.device))
-        if not found:
-            raise UsageError("this method has no towers", "its `embed` gives nothing, for pictures or for sound")
-        self._joint = frozenset(found) - alone
-        return {tower: int(x.shape[1]) for tower, x in found.items()}
-
-    @property
-    def joint(self) -> frozenset[str]:
-        """Towers that take picture and sound together."""
-        if self._joint is None:
-            self.sizes()
-        assert self._joint is not None
-        return self._joint
-
-    def _embed(
-        self, video: torch.Tensor | None, audio: torch.Tensor | None, share: torch.Tensor | None
-    ) -> dict[str, torch.Tensor]:
-        extra = {"sound_share": share} if self.wants_share else {}
-        found: dict[str, torch.Tensor] = self.method.embed(video=video, audio=audio, **extra)
-        return found
-
-    @torch.no_grad()
-    def run(
-        self, store: Store, numbers: np.ndarray, rows: np.ndarray, seconds: np.ndarray, batch: int = BATCH
-    ) -> Iterator[tuple[np.ndarray, np.ndarray, Vectors]]:
-        """(video numbers (B,), seconds (B,), {tower: float32 (B, D), NaN without the modality}) of the pairs in order.
-
-        AvstoreError, naming video and second, for a vector that is not finite.
-        """
-        if not len(rows):
-            return
-        needs = self.needs
-        if needs.picture and not store.spec.picture:  # a store of sound alone: its pictures are none
-            needs = needs.__class__(**{**needs.__dict__, "picture": False})
-        joint = self.joint
-        order = ListedOrder(len(numbers), rows, seconds, batch)
-        loader = open_loader(store, numbers, needs, order, SecondView(store.spec.sample_rate), device=self.device)
-        with loader:
-            for raw in loader.steps(0, order.batches):
-                on = raw.tensors(self.device)
-                out: dict[str, torch.Tensor] = {}
-                seen = raw.has_picture if needs.picture else np.zeros(len(raw), bool)
-                heard = raw.has_sound if self.normaliser.mean is not None else np.zeros(len(raw), bool)
-                for here, video, audio in ((seen, True, False), (heard, False, True), (seen & heard, True, True)):
-                    if not here.any() or (video and audio and not joint):
-                        continue  # blanks never enter a network
-                    kept = torch.from_numpy(np.flatnonzero(here)).to(self.device)
-                    found = self._embed(
-                        self._picture(raw, on, here, kept) if video else None,
-                        self._sound(on, here, kept) if audio else None,
-                        on["valid_samples"][kept] / on["waveform"].shape[1] if audio and self.wants_share else None,
-                    )
-                    for tower, x in found.items():
-                        if (video and audio) != (tower in joint):
-                            continue
-                        self._require_finite(store, tower, x, raw.video[here], raw.draw[here])
-                        out[tower] = x.new_full((len(raw), x.shape[1]), torch.nan).index_copy_(0, kept, x)
-                yield raw.video.copy(), raw.draw.copy(), {t: x.float().cpu().numpy() for t, x in out.items()}
-
-    def _picture(self, raw: Any, on: dict[str, torch.Tensor], here: np.ndarray, kept: torch.Tensor) -> torch.Tensor:
-        return self.normaliser.video(on["frames"][kept], raw.box[here], here[here], on["has_picture"][kept])
-
-    def _sound(self, on: dict[str, torch.Tensor], here: np.ndarray, kept: torch.Tensor) -> torch.Tensor:
-        return self.normaliser.audio(on["waveform"][kept], here[here], on["has_sound"][kept])
-
-    def _require_finite(self, store: Store, tower: str, x: torch.Tensor, video: np.ndarray, second: np.ndarray) -> None:
-        bad = ~torch.isfinite(x.to(torch.float16)).all(1)  # float16 is what the store keeps
-        if bool(bad.any()):
-            i = int(bad.nonzero()[0, 0])
-            raise AvstoreError(
-                f"{tower} embedding of video {int(video[i])} ({store.key(int(video[i]))}), second {int(second[i])}: "
-                "it is not finite",
-                "the run diverged, or its features exceed float16: as scores they would rank perfectly",
-                "embed an earlier --checkpoint, or train again with a lower learning rate",
-            )
-
-
-# ---- on the tape ------------------------------------------------------------------------------------------------
-
-
-class _Array:
-    """One tower's array: where its shards go until it is complete, and its metadata."""
-
-    def __init__(self, store: Store, array: ArraySpec, lineage: dict[str, Any], replace: bool) -> None:
-        self.array, self.lineage, self.shard_seconds = array, lineage, store.spec.shard_seconds
-        self.final = store.path / array.path
-        self.dotted = self.final.with_name(f".{self.final.name}")
-        self.replaces = False
-        if (self.final / "zarr.json").is_file():
-            there = read_json(self.final / "zarr.json")["attributes"].get("avstore", {})
-            if there == lineage:
-                self.folder = self.final
-                return
-            if not replace:
-                differing = sorted(k for k in {*there, *lineage} if there.get(k) != lineage.get(k))
-                raise ConflictError(
-                    f"{array.path} was made by another checkpoint",
-                    "; ".join(f"{k} is {there.get(k)} there, {lineage.get(k)} now" for k in differing),
-                    "embed with --replace to make it anew, or under another --name",
-                )
-            self.replaces = True
-        self.folder = self.dotted
-        file = self.dotted / "zarr.json"
-        if file.is_file() and read_json(file)["attributes"].get("avstore") != lineage:
-            with machine_errors(self.dotted):
-                shutil.rmtree(self.dotted)  # what another checkpoint left half done
-        with machine_errors(self.dotted):
-            self.dotted.mkdir(parents=True, exist_ok=True)
-        self._metadata(store)
-
-    def _metadata(self, store: Store) -> None:
-        data = canonical_json(self.array.metadata(self.shard_seconds, store.tape_seconds, {"avstore": self.lineage}))
-        file = self.folder / "zarr.json"
-        if not file.is_file() or file.read_bytes() != data:
-            write_atomic(file, data)
-
-    def _shard(self, shard: int) -> Path:
-        return self.folder / self.array.key(shard).rsplit("/", 1)[1]
-
-    def has(self, shard: int) -> bool:
-        return self._shard(shard).is_file()
-
-    def write(self, shard: int, rows: np.ndarray) -> None:
-        """float32 (shard_seconds, D) as one chunk."""
-        write_atomic(self._shard(shard), with_crc(rows.astype("<f2").tobytes()))
-
-    def finish(self, store: Store) -> None:
-        """Metadata for the tape as long as it is now; the dotted folder takes its place."""
-        self._metadata(store)
-        if self.folder == self.final:
-            return
-        with machine_errors(self.final):
-            old = self.final.with_name(f".{self.final.name}.old.tmp.{os.getpid()}")
-            if self.replaces:
-                os.rename(self.final, old)
-            try:
-                os.rename(self.dotted, self.final)
-            except OSError as e:
-                if self.final.exists():
-                    raise ConflictError(
-                        f"{self.array.path} has come to be meanwhile",
-                        "another embed of the same run has finished",
-                        "repeat the command: it has nothing left to do",
-                    ) from e
-                raise
-            sync_folder(self.final.parent)
-            shutil.rmtree(old, ignore_errors=True)
-
-
-def _write(
-    embedder: Embedder,
-    store: Store,
-    arrays: list[_Array],
-    todo: list[int],
-    every: int,
-    batch: int,
-    on_event: Callable[[Event], None],
-) -> int:
-    """Embeds the seconds of these shards, in the order of the tape; each shard is written when its last is there."""
-    per = store.spec.shard_seconds
-    numbers = np.flatnonzero(store.ok)
-    rows, seconds = seconds_of_videos(store, numbers, every)
-    tape = store.places[numbers][rows] + seconds
-    keep = np.isin(tape // per, todo)
-    order = np.argsort(tape[keep], kind="stable")
-    rows, seconds, tape = rows[keep][order], seconds[keep][order], tape[keep][order]
-    last = {int(s): int(i) for i, s in enumerate(tape // per)}  # shard -> place of its last second
-    open_shards: dict[int, Vectors] = {}
-    done = 0
-    on_event(Event(0, len(tape)))
-
-    def write(shard: int) -> None:
-        vectors = open_shards.pop(shard, {})
-        for array in arrays:
-            if not array.has(shard):
-                tower, size = array.final.name, array.array.row[0]
-                array.write(shard, vectors.get(tower, np.full((per, size), np.nan, np.float32)))
-
-    waiting = [s for s in todo if s not in last]  # nothing but holes: there, and done
-    for shard in waiting:
-        write(shard)
-    for _, _, vectors in embedder.run(store, numbers, rows, seconds, batch):
-        here = tape[done : done + batch]
-        for shard in np.unique(here // per).tolist():
-            inside = here // per == shard
-            for array in arrays:
-                tower, size = array.final.name, array.array.row[0]
-                kept = open_shards.setdefault(shard, {})
-                full = kept.setdefault(tower, np.full((per, size), np.nan, np.float32))
-                if tower in vectors:
-                    full[here[inside] - shard * per] = vectors[tower][inside]
-            if last[shard] < done + len(here):
-                write(shard)
-        done += len(here)
-        on_event(Event(done, len(tape)))
-    return done
-
-
-def _committed_shards(store: Store) -> list[int]:
-    """Shards whose task has a record: what lies in them will not change."""
-    out: list[int] = []
-    for plan in store.plans:
-        for task in plan.tasks:
-            if record_path(store.path, task.number).is_file() and all(
-                store.facts["status"][v] != "pending" for v in task.videos
-            ):
-                out += range(task.shard, task.shard + task.shards)
-    return sorted(out)
-
-
 def _lineage(run: Run, checkpoint: Any, store: Store, every: int) -> dict[str, Any]:
     statistics = run.snapshot.statistics
     needs = needs_of(run.config)
@@ -491,15 +225,6 @@ def _require_serves(run: Run, store: Store) -> None:
         import dataclasses
 
         fit(dataclasses.replace(config, asked=asked), store, train=False)
-
-
-def _group(folder: Path) -> None:
-    data = canonical_json({"zarr_format": 3, "node_type": "group", "attributes": {}})
-    for path in (folder.parent, folder):
-        with machine_errors(path):
-            path.mkdir(parents=True, exist_ok=True)
-        if not (path / "zarr.json").is_file():
-            write_atomic(path / "zarr.json", data)
 
 
 def _means(

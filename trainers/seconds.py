@@ -1,18 +1,21 @@
 """Which clips an embedding of the whole tape is made of: one centred on each second of each video.
 
-The order and the views that `embed.py` gives to the loader. Both are unpickled in the reader process, so this file
+The order and the views that `embedder.py` gives to the loader. Both are unpickled in the reader process, so this file
 imports no torch.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from avstore.sampler import Indices, SequentialOrder
 from avstore.windows import Extents, Windows
+
+if TYPE_CHECKING:
+    from avstore.store import Store
 
 
 @dataclass(frozen=True)
@@ -45,3 +48,12 @@ class ListedOrder(SequentialOrder):
 
     def pairs(self, epoch: int, start: int, stop: int) -> tuple[Indices, Indices]:
         return self.rows[start:stop], self.seconds[start:stop]
+
+
+def seconds_of_videos(store: Store, numbers: np.ndarray, every: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """(rows into `numbers`, seconds), int64 each: every begun second of each video, in order."""
+    counts = np.array([-(-store.seconds(int(n)) // 1) for n in numbers], np.int64)
+    rows = np.repeat(np.arange(len(numbers)), counts)
+    seconds = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
+    keep = seconds % every == 0
+    return rows[keep], seconds[keep]
