@@ -11,12 +11,14 @@ and `told` says what was found. Choosing moments is `trainers/preview.py`, measu
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from avstore.durable import canonical_json
 from avstore.errors import NotFoundError
 from benchmarks import probing, unseen
 from trainers.preview import Moments
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from avstore.store import Store
+    from benchmarks.kept import Kept
     from trainers.projectors import Projector
     from trainers.run import Run
 
@@ -50,6 +53,17 @@ class Given:
         """float32 (n_i, D) of each video."""
         return [m.features for m in self.moments]
 
+    def digest(self) -> str:
+        """16 hex digits of all that a run decides of a preview: the moments, their towers' widths, Psi, classifier."""
+        from benchmarks.finetune import weights_digest
+
+        h = hashlib.sha256(canonical_json([list(self.towers), list(self.widths)]))
+        for x in self.features:
+            h.update(f"{x.shape}".encode() + np.ascontiguousarray(x, "<f4").tobytes())
+        for net in (self.fusion, self.classifier):
+            h.update(b"none" if net is None else weights_digest(net).encode())
+        return h.hexdigest()[:16]
+
 
 def of_store(store: Store, name: str, choice: dict[str, Any]) -> Given:
     """From the embeddings `name` in the store; choice: keywords of `probing.choose`. NotFoundError where the run has
@@ -68,7 +82,7 @@ def of_store(store: Store, name: str, choice: dict[str, Any]) -> Given:
     if not found:
         told = f"{name}: its run is not in runs/ here or beside the store: no Psi of a student is used, if it is one"
         return Given(*whole, None, None, (told,))
-    seen = _seen(store, found[0], probed)
+    seen = unseen.told(store, found[0], probed.numbers, probed.parts)
     if found[0].config.name != "listen-to-look":
         return Given(*whole, None, None, seen)
     step = read_json(store.path / "embeddings" / name / towers[0] / "zarr.json")["attributes"]["avstore"]["step"]
@@ -81,8 +95,11 @@ def of_store(store: Store, name: str, choice: dict[str, Any]) -> Given:
     return Given(*whole, fusion, classifier, (*notes, *seen))
 
 
-def of_checkpoint(store: Store, run: Run, which: str | int, device: str, choice: dict[str, Any]) -> Given:
-    """From what a checkpoint's networks give now; nothing is written. NotFoundError as `of_store`."""
+def of_checkpoint(
+    store: Store, run: Run, which: str | int, device: str, choice: dict[str, Any], kept: Kept | None = None
+) -> Given:
+    """From what a checkpoint's networks give now; nothing is written but to `kept`. NotFoundError as `of_store`."""
+    from benchmarks.blocks import key_of
     from trainers.embed import embed_videos
     from trainers.embedder import Embedder
 
@@ -92,12 +109,19 @@ def of_checkpoint(store: Store, run: Run, which: str | int, device: str, choice:
     if not towers:
         raise NotFoundError(f"{run.path} has no towers of pictures or sound", f"it has {', '.join(sizes)}")
     probed = probing.choose(store, modality=_modality(towers), **choice)
-    found = embed_videos(method, run, store, probed.numbers, device=device)
+
+    def computed() -> dict[str, np.ndarray]:
+        vectors = embed_videos(method, run, store, probed.numbers, device=device)
+        return {f"{t} {i}": x for t in towers for i, x in enumerate(vectors[t])}
+
+    key = key_of(method, run, store, probed.numbers, moments=list(towers))
+    x = computed() if kept is None else kept.arrays(key, computed)
+    found = {t: (x[f"{t} 0"], x[f"{t} 1"], x[f"{t} 2"]) for t in towers}
     fusion, classifier, notes = student(method, towers, probed.classes, run.name)
     made = joined([found[t] for t in towers], probed.numbers)
     widths = tuple(sizes[t] for t in towers)
     return Given(run.name, probed, made, tuple(towers), widths, fusion, classifier,
-                 (*notes, *_seen(store, run, probed)))  # fmt: skip
+                 (*notes, *unseen.told(store, run, probed.numbers, probed.parts)))  # fmt: skip
 
 
 def towers_of(there: Sequence[str]) -> list[str]:
@@ -134,15 +158,6 @@ def student(
     return method.fusion.cpu(), classifier, (f"{name} is a student: its Psi fuses the moments, for the preview and for "
                                              "the classifier of all selectors, and the preview starts from its "
                                              "classifier",)  # fmt: skip
-
-
-def _seen(store: Store, run: Run, probed: probing.Probed) -> tuple[str, ...]:
-    """What is known of test videos that the run was pre-trained on."""
-    _, count = unseen.parts_of(store, run, probed)
-    if count is None:
-        return (f"{run.name} was trained on another store; whether these videos were in it is not known",)
-    tested = sum(len(p.test) for p in probed.parts)
-    return (f"{run.name} saw {count} of {tested} tested videos in pre-training",) if count else ()
 
 
 def stored(store: Store, run: str, numbers: np.ndarray, towers: Sequence[str]) -> tuple[list[Moments], tuple[int, ...]]:

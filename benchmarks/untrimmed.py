@@ -14,11 +14,15 @@ Declared, since the protocol is ours (clips-and-protocols.md 3): the classifier 
 moments of the training videos, standardised, so that no selector is favoured by how it was trained; cost is counted in
 moments, the preview's own cheap features not included; random is the mean of several draws. The report's Table 7.1 is
 no row of this table: it is said beside it, for it states neither split nor metric.
+
+With a work folder, each (run or checkpoint, seed, part) that is finished is kept there, by all that decides it: the
+moments themselves, classes, Psi, the preview's settings. A repeated command goes on from there.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,6 +37,7 @@ from sklearn.preprocessing import StandardScaler
 from avstore import draws
 from avstore.errors import UsageError, did_you_mean
 from benchmarks import look, moments, paired, probing
+from benchmarks.kept import Kept
 from benchmarks.table import Table
 from trainers.preview import PRESETS, Preview, PreviewConfig, fit
 
@@ -49,6 +54,8 @@ PUBLISHED = (
     "36.5, image 69.1 / 46.3, both 70.0 / 47.3"
 )
 Selector = Callable[[np.ndarray, int], np.ndarray]
+_Values = tuple[float, float, float, list[float]]  # top-1, mAP, moments looked at, how often each test video was right
+Measured = list[tuple[str, int, _Values]]  # of one part: selector, budget (0: all), values
 Progress = Callable[[str, int, int], None]
 
 
@@ -81,19 +88,20 @@ def evaluate(
     seed: int = 0,
     fused: Sequence[np.ndarray] | None = None,
     progress: Progress = lambda stage, done, total: None,
+    kept: Callable[[probing.Part, Callable[[], Measured]], Measured] = lambda part, make: make(),
 ) -> list[dict[str, Any]]:
     """Rows of the table. features: (n_i, D) moments of each video; select(training features, labels) -> a selector;
-    fused: what the classifier of all selectors sees of them, if something else."""
+    fused: what the classifier of all selectors sees of them, if something else; kept: gives a part's values, make()'s
+    where they are not known yet."""
     seen = features if fused is None else fused
     if not budgets or min(budgets) < 1 or random_draws < 1:
         raise UsageError(f"budgets {list(budgets)}, {random_draws} draws", "moments to look at: 1 or more")
-    found: dict[tuple[str, int], list[tuple[float, float, float, np.ndarray]]] = {}
-    for p, part in enumerate(probed_parts):
-        progress("untrimmed", p, len(probed_parts))
+
+    def measured(part: probing.Part) -> Measured:
         learned = select([features[i] for i in part.train], labels[part.train])
         score = _classifier([seen[i] for i in part.train], labels[part.train], classes)
         scored = [score(seen[i]) for i in part.test]
-        truth = labels[part.test]
+        truth, out = labels[part.test], list[tuple[str, int, _Values]]()
         for k in budgets:
             chosen: dict[str, list[list[np.ndarray]]] = {
                 LEARNED: [[learned(features[i], k) for i in part.test]],
@@ -104,10 +112,17 @@ def evaluate(
             }  # fmt: skip
             for name, tries in chosen.items():
                 values = [_measure(scored, picks, truth, classes) for picks in tries]
-                found.setdefault((name, k), []).append(tuple(np.mean(v, 0) for v in zip(*values, strict=True)))  # type: ignore[arg-type]
-        everything = [np.arange(len(s)) for s in scored]
-        found.setdefault(("all", 0), []).append(_measure(scored, everything, truth, classes))
-    return [_row(name, k, values) for (name, k), values in sorted(found.items(), key=lambda x: x[0][1] or 10**9)]
+                top, precision, cost, right = (np.mean(v, 0).tolist() for v in zip(*values, strict=True))
+                out.append((name, k, (top, precision, cost, right)))
+        out.append(("all", 0, _measure(scored, [np.arange(len(s)) for s in scored], truth, classes)))
+        return out
+
+    found: dict[tuple[str, int], list[_Values]] = {}
+    for p, part in enumerate(probed_parts):
+        progress("untrimmed", p, len(probed_parts))
+        for name, k, values in kept(part, functools.partial(measured, part)):
+            found.setdefault((name, k), []).append(values)
+    return [_row(name, k, each) for (name, k), each in sorted(found.items(), key=lambda x: x[0][1] or 10**9)]
 
 
 def _classifier(features: Sequence[np.ndarray], labels: np.ndarray, classes: int) -> Callable[[np.ndarray], np.ndarray]:
@@ -127,18 +142,16 @@ def _classifier(features: Sequence[np.ndarray], labels: np.ndarray, classes: int
     return score
 
 
-def _measure(
-    scored: Sequence[np.ndarray], picks: Sequence[np.ndarray], truth: np.ndarray, classes: int
-) -> tuple[float, float, float, np.ndarray]:
+def _measure(scored: Sequence[np.ndarray], picks: Sequence[np.ndarray], truth: np.ndarray, classes: int) -> _Values:
     """(top-1, macro mAP over classes that occur, moments looked at per video, whether each video is right)."""
     mean = np.stack([s[p].mean(0) for s, p in zip(scored, picks, strict=True)])
     right = (mean.argmax(1) == truth).astype(np.float64)
     present = [c for c in range(classes) if (truth == c).any()]
     precision = float(np.mean([average_precision_score(truth == c, mean[:, c]) for c in present]))
-    return float(right.mean()), precision, float(np.mean([len(p) for p in picks])), right
+    return float(right.mean()), precision, float(np.mean([len(p) for p in picks])), right.tolist()
 
 
-def _row(name: str, k: int, values: Sequence[tuple[float, float, float, np.ndarray]]) -> dict[str, Any]:
+def _row(name: str, k: int, values: Sequence[_Values]) -> dict[str, Any]:
     top = [float(v[0]) for v in values]
     return {
         "selector": name,
@@ -171,7 +184,11 @@ def differences(rows: Sequence[dict[str, Any]]) -> list[str]:
     out = []
     runs = list(dict.fromkeys(r.get("run") for r in rows))
     alone = all(len(r["values"]) == 1 for r in rows)
-    over, what = ("right", "test videos") if alone else ("values", "parts and seeds")
+    over = "right" if alone else "values"
+
+    def tests(values: dict[str, Any]) -> list[str]:
+        return paired.over_videos(values) if alone else paired.lines(values, "parts and seeds")
+
     for k in dict.fromkeys(r["moments"] for r in rows if r["selector"] == LEARNED):
         at = {(r.get("run"), r["selector"]): r[over] for r in rows if r["moments"] == k}
         for run in runs:
@@ -179,10 +196,10 @@ def differences(rows: Sequence[dict[str, Any]]) -> list[str]:
             values = {LEARNED: at[run, LEARNED], **{s: at[run, s] for s in others}}
             told = f"{run}, {k} moments" if len(runs) > 1 else f"{k} moments"
             out += [f"{told}: {line}" for s in others
-                    for line in paired.lines({n: values[n] for n in (LEARNED, s)}, what)]  # fmt: skip
+                    for line in tests({n: values[n] for n in (LEARNED, s)})]  # fmt: skip
         if len(runs) > 1:
             previews = {str(run): at[run, LEARNED] for run in runs}
-            out += [f"{k} moments, {LEARNED}: {line}" for line in paired.lines(previews, what)]
+            out += [f"{k} moments, {LEARNED}: {line}" for line in tests(previews)]
     return out
 
 
@@ -199,20 +216,23 @@ def bench(
     checkpoints: Sequence[str | int] = (),
     run_paths: dict[str, Path] | None = None,
     keep: Path | None = None,
+    work: Path | None = None,
     device: str = "auto",
     progress: Progress = lambda stage, done, total: None,
     **choice: Any,
 ) -> Table:
     """The table of `bench untrimmed` for the embeddings of one or several runs in the store (avstore embed), or, with
     `checkpoints`, for what their networks give now; parts as the probes'. preset, epochs: of the preview; seeds:
-    previews of each part, from `seed` on; keep: the file that gets the first preview of the last run or checkpoint.
+    previews of each part, from `seed` on; keep: the file that gets the first preview of the last run or checkpoint;
+    work: a folder in which checkpoints' moments and finished values are kept: repeating goes on from there.
 
-    NotFoundError where a video has no moment; UsageError as `probing.choose`.
+    NotFoundError where a video has no moment; UsageError as `probing.choose`; CorruptError for a damaged kept file.
     """
     names = [run] if isinstance(run, str) else list(dict.fromkeys(run))
     if not names or seeds < 1:
         raise UsageError(f"{len(names)} runs, {seeds} seeds", "at least one of each")
     configs = [_preview_config(preset, s, epochs) for s in range(seed, seed + seeds)]
+    finished = Kept(work)
     rows: list[dict[str, Any]] = []
     compared: list[dict[str, Any]] = []
     notes: list[str] = []
@@ -226,20 +246,23 @@ def bench(
                 from trainers.run import Run
 
                 opened = Run((run_paths or {}).get(name, Path("runs") / name))
-                given = moments.of_checkpoint(store, opened, which, device, choice)
+                given = moments.of_checkpoint(store, opened, which, device, choice, finished)
                 step, epoch = place_of(opened, which)
                 more = {"run": f"{name} step {step}", "step": step, "epoch": epoch, "of run": name}
             of_seeds, previews = [], []
             for config in configs:
-                found, fitted = _evaluated(given, config, budgets, random_draws, progress)
+                found, fitted = _evaluated(given, config, budgets, random_draws, finished, progress)
                 of_seeds.append(found)
                 previews.append(fitted)
             mine = [{**r, **more} for r in together(of_seeds)]
             rows += mine
             compared += mine if which is None or which == checkpoints[-1] else []
-            notes += [n for n in given.told if n not in notes]
+            notes += [n for n in (*given.probed.notes, *given.told) if n not in notes]
     if keep is not None:
-        look.keep(previews[0], given, f"{given.probed.parts[0].name}, seed {seed}", keep)
+        part = given.probed.parts[0]
+        at = part.learned_on()[0]
+        looks = previews[0] or _fitted(given, [given.features[i] for i in at], given.probed.labels[at], configs[0])
+        look.keep(looks, given, f"{part.name}, seed {seed}", keep)
     lengths = [len(f) for f in given.features]
     told = (f"{len(lengths)} videos of {min(lengths)} to {max(lengths)} moments of a second, "
             f"{len(given.probed.classes)} classes; {given.probed.description}; one classifier for all selectors; cost: "
@@ -261,25 +284,42 @@ def _preview_config(preset: str, seed: int, epochs: int | None) -> PreviewConfig
 
 
 def _evaluated(
-    given: moments.Given, config: PreviewConfig, budgets: Sequence[int], random_draws: int, progress: Progress
-) -> tuple[list[dict[str, Any]], Preview]:
-    """(rows, the preview of the first part)."""
+    given: moments.Given,
+    config: PreviewConfig,
+    budgets: Sequence[int],
+    random_draws: int,
+    finished: Kept,
+    progress: Progress,
+) -> tuple[list[dict[str, Any]], Preview | None]:
+    """(rows, the preview of the first part, if it was not finished before)."""
     import torch
-
-    fitted: list[Preview] = []
-    classes = len(given.probed.classes)
-
-    def select(train: Sequence[np.ndarray], labels: np.ndarray) -> Selector:
-        looks = fit(train, labels, classes, given.widths, fusion=given.fusion, classifier=given.classifier,
-                    config=config)  # fmt: skip
-        fitted.append(looks)
-        return looks.choose
 
     fused = None
     if given.fusion is not None:
         with torch.no_grad():
             fused = [given.fusion.eval()(torch.from_numpy(x)).numpy() for x in given.features]
     parts = [dataclasses.replace(p, train=p.learned_on()[0], val=None) for p in given.probed.parts]
-    rows = evaluate(given.features, given.probed.labels, parts, select, classes=classes, budgets=budgets,
-                    random_draws=random_draws, seed=config.seed, fused=fused, progress=progress)  # fmt: skip
-    return rows, fitted[0]
+    key = {"bench": "untrimmed", "moments": given.digest(), "preview": dataclasses.asdict(config),
+           "budgets": list(budgets), "random draws": random_draws}  # fmt: skip
+
+    def kept(part: probing.Part, make: Callable[[], Measured]) -> Measured:
+        one = {**key, "part": probing.digest(dataclasses.replace(given.probed, parts=(part,)))}
+        out = [(name, k, tuple(values)) for name, k, values in finished.value(one, make)]
+        first.extend(fitted if part is parts[0] else [])
+        return out
+
+    def select(train: Sequence[np.ndarray], labels: np.ndarray) -> Selector:
+        fitted.append(_fitted(given, train, labels, config))
+        return fitted[-1].choose
+
+    fitted, first = list[Preview](), list[Preview]()
+    rows = evaluate(given.features, given.probed.labels, parts, select, classes=len(given.probed.classes),
+                    budgets=budgets, random_draws=random_draws, seed=config.seed, fused=fused, progress=progress,
+                    kept=kept)  # fmt: skip
+    return rows, first[0] if first else None
+
+
+def _fitted(given: moments.Given, train: Sequence[np.ndarray], labels: np.ndarray, config: PreviewConfig) -> Preview:
+    """The preview of a part: of equal moments, on a CPU, the same to the bit each time."""
+    return fit(train, labels, len(given.probed.classes), given.widths, fusion=given.fusion,
+               classifier=given.classifier, config=config)  # fmt: skip

@@ -9,7 +9,7 @@ import typer
 
 from cli import archive, console
 from cli.bench import by_name
-from cli.bench_probe import AllCheckpoints, CurveFile, Device, FoldColumn, SplitColumns
+from cli.bench_probe import AllCheckpoints, CurveFile, Device, FoldColumn, SplitColumns, Work
 from cli.choose import open_store, selection
 from cli.store import Json, StoreArgument
 
@@ -44,6 +44,7 @@ def untrimmed(
     seeds: Annotated[int, typer.Option(help="Previews of each part, from --seed on.")] = 1,
     all_checkpoints: AllCheckpoints = False,
     curve: CurveFile = None,
+    work: Work = None,
     device: Device = "auto",
     where: Annotated[list[str] | None, typer.Option(help="column=value[,value]; repeatable.")] = None,
     list_: Annotated[Path | None, typer.Option("--list", metavar="FILE", help="Keys, one a line.")] = None,
@@ -102,6 +103,7 @@ def untrimmed(
             checkpoints=which,
             run_paths=folders,
             keep=keep,
+            work=work,
             device=device,
             label=label,
             fold_column=fold_column,
