@@ -20,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -32,6 +33,7 @@ from benchmarks import published as published_figures
 from benchmarks.classifiers import SCHEDULES, STRENGTHS, Schedule, adam, averaged, logistic
 from benchmarks.kept import Kept
 from benchmarks.probing import Classifier, Outcome, Part, Probed
+from benchmarks.svm import STRENGTHS as SVM_STRENGTHS
 from benchmarks.svm import svm
 from benchmarks.table import Table
 from benchmarks.train_mode import moved_features
@@ -117,6 +119,12 @@ class Asked:
             return [averaged(svm())]
         return [logistic()] if self.named == "logistic" else [adam(self.adam, s) for s in range(self.repeats)]
 
+    def learned(self) -> dict[str, Any]:
+        """All that decides what is learned from given features, but for the seed of a repetition."""
+        if self.named == "adam":
+            return {"classifier": "adam", **dataclasses.asdict(self.adam)}
+        return {"classifier": self.named, "strengths": list(STRENGTHS if self.named == "logistic" else SVM_STRENGTHS)}
+
     def pooling(self, modality: str) -> Literal["avg", "max"]:
         return "max" if self.named == "adam" and modality == "v" else "avg"
 
@@ -169,7 +177,8 @@ def bench(
     """The table of `bench linear`. One row for each method and block (av: for a, v and both), beside random networks of
     `seeds` seeds, raw pixels or spectrograms, and the commonest class. Runs of one method that differ in their seed
     alone are one row; each is asked the parts that it was not pre-trained on (`unseen.py`). work: a folder in which
-    features are kept: what is there is not computed again, for other labels neither. The rest: see `Asked`."""
+    features (for other labels too) and accuracies are kept, so that a repeated command goes on where it stopped. The
+    rest: see `Asked`."""
     asked = Asked(modality, classifier, schedule, clips, epochs, rate, frames, tuple(only), shots, shot_draws, repeats,
                   train_mode)  # fmt: skip
     if seeds < 0:
@@ -181,16 +190,21 @@ def bench(
     probed, parts_of, notes = unseen.plan(store, runs, names, probing.choose(store, modality=modality, **choice))
     draws = [probed] if shots is None else [probing.few_shot(probed, shots, d) for d in range(shot_draws)]
     found: dict[tuple[str, str], list[list[Outcome]]] = {}
-    features = _Features(store, probed, asked, Kept(work), device, progress)
+    kept = Kept(work)
+    features = _Features(store, probed, asked, kept, device, progress)
 
     def add(name: str, method: nn.Module, run: Run, parts: Sequence[Part]) -> None:
+        key = {**features.key(method, run), "learned": asked.learned()}
         for drawn in draws:
             mine = [p for p in drawn.parts if p.name in {q.name for q in parts}]
             for block, sets in features.of(name, method, run, drawn, mine):
-                for learner in asked.classifiers():
-                    one = [o for part, (x, learn) in zip(mine, sets, strict=True)
-                           for o in probing.probe(x, dataclasses.replace(drawn, parts=(part,)), learner, learn)]
-                    found.setdefault((name, block), []).append(one)  # fmt: skip
+                for repeat, learner in enumerate(asked.classifiers()):
+                    one = []
+                    for part, (x, learn) in zip(mine, sets, strict=True):
+                        alone = dataclasses.replace(drawn, parts=(part,))
+                        at = {**key, "block": block, "repeat": repeat, "part": probing.digest(alone)}
+                        one += probing.kept_outcomes(kept, at, partial(probing.probe, x, alone, learner, learn))
+                    found.setdefault((name, block), []).append(one)
 
     for run, name, parts in zip(runs, names, parts_of, strict=True):
         add(name, blocks.with_weights(run, checkpoint), run, parts)
@@ -213,12 +227,17 @@ def bench(
 class _Features:
     """The features of networks, kept by what decides them."""
 
-    def __init__(
-        self, store: Store, probed: Probed, asked: Asked, kept: Kept, device: str, progress: Progress
-    ) -> None:
+    def __init__(self, store: Store, probed: Probed, asked: Asked, kept: Kept, device: str, progress: Progress) -> None:
         self.store, self.numbers, self.asked, self.kept = store, probed.numbers, asked, kept
         self.device, self.progress = device, progress
         self.seen: tuple[object, dict[str, np.ndarray]] | None = None  # the last networks' features
+
+    def key(self, method: nn.Module, run: Run) -> dict[str, Any]:
+        """What decides the features of a network, for accuracies that are kept."""
+        asked = self.asked
+        moved = asked.adam.epochs if asked.train_mode else 0
+        how = {m: {**self._how(m), "grids": dict(asked.grids)} for m in asked.modality}
+        return blocks.key_of(method, run, self.store, self.numbers, modality=asked.modality, moved=moved, how=how)
 
     def of(
         self, name: str, method: nn.Module, run: Run, probed: Probed, parts: Sequence[Part]

@@ -223,9 +223,7 @@ def bench(
             found.setdefault((name, block), []).append(probing.kept_outcomes(kept, one, made))
             if with_oracle:
                 leaking = functools.partial(oracle, value, mine, strengths, other)
-                best.setdefault((name, block), []).append(
-                    probing.kept_outcomes(kept, {**one, "oracle": True}, leaking)
-                )
+                best.setdefault((name, block), []).append(probing.kept_outcomes(kept, {**one, "oracle": True}, leaking))
 
     for run, name, parts in zip(runs, names, asked, strict=True):
         add(name, blocks.with_weights(run, checkpoint), run, parts)
@@ -255,4 +253,3 @@ def bench(
          + ("; training clips at random places with random loudness" if augment else ""), *notes),
         list(dict.fromkeys(names)),
     )  # fmt: skip
-

@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -201,6 +202,9 @@ def runs_of_folds(count: int, unseen_parts: dict[int, tuple[int, ...]]) -> tuple
     class Snapshot:
         store = "/data/other.zarr"
 
+        also_saw: np.ndarray = np.zeros(0, np.int64)
+        unknown: tuple[str, ...] = ()
+
         def __init__(self, numbers: np.ndarray | None) -> None:
             self.numbers = numbers
 
@@ -212,6 +216,7 @@ def runs_of_folds(count: int, unseen_parts: dict[int, tuple[int, ...]]) -> tuple
         def __init__(self, i: int) -> None:
             left = unseen_parts.get(i)
             self.name = f"run{i}"
+            self.config = SimpleNamespace(name="avid")
             self.snapshot = Snapshot(None if left is None else 100 + np.flatnonzero(~np.isin(which, left)))
 
     return None, [Run(i) for i in range(count)], Probed(100 + np.arange(12), which % 2, ("a", "b"), parts, "")
@@ -243,7 +248,8 @@ def test_a_run_that_saw_all_parts_is_told_and_half_answers_are_refused():
 
 
 def test_what_is_kept_is_not_computed_again(tmp_path, monkeypatch):
-    """`bench svm` and `bench linear` with a work folder: the same table, features and machines from the folder."""
+    """`bench svm` and `bench linear` with a work folder: the same table, features and what was learned on them from
+    the folder; what another schedule or other parts would learn is learned."""
     from tiny_run import config, store_in
 
     from trainers.loop import train
@@ -251,15 +257,25 @@ def test_what_is_kept_is_not_computed_again(tmp_path, monkeypatch):
     store = store_in(tmp_path, codec="jpeg")
     run = train("avid", store, config("steps=1"), tmp_path / "runs" / "mine").run
     options: dict[str, Any] = {"clips": 1, "fold_count": 2, "seeds": 1, "controls": False}
-    for bench, more in ((svm.bench, {"only": ["conv5x"]}), (linear.bench, {"modality": "av"})):
+    adam = {"modality": "v", "only": ["conv5x"], "repeats": 2, "epochs": 2}
+    few = {"modality": "a", "classifier": "svm", "shots": 2, "shot_draws": 2}
+    asked = ((svm.bench, {"only": ["conv5x"]}), (linear.bench, {"modality": "av"}), (linear.bench, adam),
+             (linear.bench, few))  # fmt: skip
+    for bench, more in asked:
         plain = bench(store, [run], **options, **more)
         first = bench(store, [run], work=tmp_path / "work", **options, **more)
         with monkeypatch.context() as m:
             for name in ("sound_blocks", "picture_blocks"):
                 m.setattr(blocks, name, lambda *a, **k: pytest.fail("computed again"))
+            m.setattr(probing, "probe", lambda *a, **k: pytest.fail("learned again"))
             again = bench(store, [run], work=tmp_path / "work", **options, **more)
+            with pytest.raises(pytest.fail.Exception, match="learned again"):
+                bench(store, [run], work=tmp_path / "work", **options, **more, fold_seed=1)
         assert plain.rows == first.rows == again.rows
         assert any("saw" in note for note in plain.notes)  # this run was pre-trained on what it is asked
+    for other in ({"epochs": 3}, {"rate": 0.1}, {"schedule": "ablation"}, {"repeats": 3}):
+        plain = linear.bench(store, [run], **options, **{**adam, **other})
+        assert linear.bench(store, [run], work=tmp_path / "work", **options, **{**adam, **other}).rows == plain.rows
 
 
 @pytest.fixture(scope="module")
