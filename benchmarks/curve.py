@@ -88,7 +88,7 @@ def levels(rows: Sequence[dict[str, Any]], value: str) -> list[tuple[str, float]
     """(name, value) of the rows without a checkpoint that have the value: controls."""
     out = []
     for row in rows:
-        name = row.get("features", row.get("selector", ""))
+        name = row.get("features", row.get("selector", row.get("scores", "")))
         if row.get("epoch") is None and row.get(value) is not None and not str(name).startswith("published"):
             told = " ".join(str(row[g]) for g in GROUPS if g != "selector" and row.get(g) not in (None, ""))
             out.append((f"{name} {told}".strip(), float(row[value])))

@@ -150,6 +150,16 @@ def rows_of_picks(shown: NDArray[np.int64], picks: NDArray[np.int64]) -> NDArray
     return np.where(nearer, before, after)
 
 
+def require_film(key: str, frames: int, said: Annotated) -> None:
+    """ConflictError where a video of `frames` frames cannot be the one that was annotated."""
+    if abs(frames - said.n_frames) > WRONG_FILM * said.n_frames:
+        raise ConflictError(
+            f"{key} has {frames} frames, the annotations of {said.name} {said.n_frames}",
+            "more than 1 % apart: another cut or rate of the film",
+            "ingest the file that was annotated",
+        )
+
+
 def export_eccv16(
     store: Store,
     path: str | os.PathLike[str],
@@ -194,7 +204,7 @@ def export_eccv16(
     first = next((t for t in towers if t in embedded_runs(store)[name]), embedded_runs(store)[name][0])
     lineage = {**_lineage(store, name, first), "towers": towers}
     every = int(lineage.get("every", 1))
-    todo = _matched(store, chosen, annotations)
+    todo = matched(store, chosen, annotations)
     left_out: list[tuple[str, str]] = []
     groups: list[str] = []
     total = 0
@@ -212,12 +222,8 @@ def export_eccv16(
                 left_out.append((key, "it has no pictures"))
                 continue
             shown, frames = source_frames(store, number)
-            if said is not None and abs(frames - said.n_frames) > WRONG_FILM * said.n_frames:
-                raise ConflictError(
-                    f"{key} has {frames} frames, the annotations of {said.name} {said.n_frames}",
-                    "more than 1 % apart: another cut or rate of the film",
-                    "ingest the file that was annotated",
-                )
+            if said is not None:
+                require_film(key, frames, said)
             n = frames if said is None else said.n_frames
             picks = np.arange(0, n, STRIDE, dtype=np.int64) if said is None else said.picks
             second = rows_of_picks(shown, picks) // store.spec.fps // every * every
@@ -262,10 +268,11 @@ def _side_by_side(each: Sequence[NDArray[np.floating]]) -> NDArray[np.float32]:
     return out
 
 
-def _matched(
+def matched(
     store: Store, chosen: NDArray[np.int64], annotations: Annotations | None
 ) -> list[tuple[int, Annotated | None]]:
-    """(number, what people said of it) in the order of keys."""
+    """(number, what people said of it) in the order of the annotations, of keys where there are none. NotFoundError
+    where an annotated video is not there once."""
     ordered = sorted(chosen.tolist(), key=store.key)
     if annotations is None:
         return [(n, None) for n in ordered]

@@ -15,6 +15,7 @@ value for each split, which is paired with every seed of it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from avstore import draws
 from avstore.errors import ConflictError, NotFoundError, UsageError, did_you_mean
 from benchmarks import paired
 from benchmarks.annotations import MEASURES, Annotated, Annotations
+from benchmarks.kept import Kept
 from benchmarks.summary import agreement, f_score, frame_scores, rank_correlation, summary_of
 from benchmarks.table import Table
 
@@ -165,11 +167,15 @@ def summarize(
     measure: str | None = None,
     published: str | None = None,
     config: Any = None,
+    places: Mapping[str, Mapping[str, Any]] | None = None,
+    kept: Kept | None = None,
     progress: Progress | None = None,
 ) -> Table:
     """The table. features: {row's name: {video: (n_picks, D)}}, DR-DSN trained on each, `seeds` times for each split.
     measure: `best` or `mean` over people, by default as the annotations say; published: whose figures stand beside,
-    by default those of the set that the annotations are called after.
+    by default those of the set that the annotations are called after. places: {row's name: its `step`, `epoch`, `of
+    run`} of features that are of checkpoints, of which the last ones are compared; kept: finished trainings, not done
+    again.
 
     Raises UsageError where a video has nobody's summary, features lack a video or have another number of rows than its
     picks, where neither the annotations nor `measure` say how F is formed, and for a set without published figures.
@@ -205,10 +211,12 @@ def summarize(
         values = Values()
         for split in parts:
             for seed in range(seeds):
-                _add(values, _dr_dsn(annotations, given, split, seed, measure, config))
+                _add(values, _dr_dsn(annotations, given, split, seed, measure, config, kept or Kept(None)))
                 step(name)
-        rows.append(_row(f"DR-DSN on {name}", values, len(parts)))
-        compared[f"DR-DSN on {name}"] = values
+        place = (places or {}).get(name, {})
+        rows.append(_row(f"DR-DSN on {name}", values, len(parts)) | dict(place))
+        if place.get("step") in (None, max(p["step"] for p in (places or {name: {"step": 0}}).values())):
+            compared[f"DR-DSN on {name}"] = values
     drawn = {
         name: np.mean(
             [score_of(v, random_scores(v, number[name], k, split_seed), measure) for k in range(random_draws)], 0
@@ -303,14 +311,30 @@ def _dr_dsn(
     seed: int,
     measure: str,
     config: Any,
+    kept: Kept,
 ) -> list[tuple[float, float, float]]:
     import dataclasses
 
     from benchmarks import dr_dsn
 
     c = dataclasses.replace(config if config is not None else dr_dsn.Config(), seed=seed)
-    net, _ = dr_dsn.train({n: given[n] for n in split.train}, c)
-    return [score_of(annotations.videos[n], dr_dsn.scores(net, given[n], c.normalise), measure) for n in split.test]
+
+    def made() -> dict[str, np.ndarray]:
+        net, _ = dr_dsn.train({n: given[n] for n in split.train}, c)
+        of = (score_of(annotations.videos[n], dr_dsn.scores(net, given[n], c.normalise), measure) for n in split.test)
+        return {"F, tau, rho": np.array(list(of), np.float64)}
+
+    h = hashlib.sha256()
+    for names in (split.train, split.test):
+        for n in names:
+            h.update(f"{n} {given[n].shape}".encode() + np.ascontiguousarray(given[n], "<f4").tobytes())
+    for n in split.test:
+        video = annotations.videos[n]
+        for x in (video.people, video.scores, video.segments, video.picks):
+            h.update(f"{x.shape} {x.dtype}".encode() + np.ascontiguousarray(x).tobytes())
+    key = {"bench": "summarize", "videos": h.hexdigest()[:24], "measure": measure, "dr-dsn": dataclasses.asdict(c),
+           "of": [len(split.train), len(split.test)]}  # fmt: skip
+    return [tuple(row) for row in kept.arrays(key, made)["F, tau, rho"].tolist()]
 
 
 def _over(parts: Sequence[Split], of: Mapping[str, Any]) -> Values:

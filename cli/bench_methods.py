@@ -35,7 +35,10 @@ def methods(
     markdown: Annotated[bool, typer.Option("--markdown", help="A Markdown table on stdout.")] = False,
     json: Json = False,
 ) -> None:
-    """Every method with the same encoders at one budget: retrieval by class, and probes of the sound encoders."""
+    """Every method with the same encoders at one budget: retrieval by class, and probes of the sound encoders.
+
+    Measured where the budget ends, as the question is; over a training: bench retrieval --all-checkpoints with its run.
+    """
     from benchmarks import methods as bench
 
     opened = open_store(store)

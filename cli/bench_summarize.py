@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cli import console
+from cli.bench import by_name, number
+from cli.bench_probe import AllCheckpoints, Checkpoint, CurveFile, Device, Work
+from cli.choose import open_store
 from cli.store import Json
+
+if TYPE_CHECKING:
+    from benchmarks.annotations import Annotations
+    from benchmarks.kept import Kept
 
 
 def summarize(
@@ -19,6 +26,16 @@ def summarize(
         list[Path] | None,
         typer.Option(metavar="FILE.h5", help="Features in the eccv16 layout, repeatable: DR-DSN is trained on each."),
     ] = None,
+    run: Annotated[
+        list[str] | None, typer.Option(help="A run whose networks give the features, repeatable; with --store.")
+    ] = None,
+    store: Annotated[Path | None, typer.Option(help="Of --run: the store in which the annotated videos lie.")] = None,
+    tower: Annotated[
+        list[str] | None, typer.Option(help="Of --run: video (default), audio, ...; repeatable: side by side.")
+    ] = None,
+    checkpoint: Checkpoint = "latest",
+    all_checkpoints: AllCheckpoints = False,
+    curve: CurveFile = None,
     splits_file: Annotated[Path | None, typer.Option(help="Published splits, JSON. Default: random ones.")] = None,
     splits: Annotated[int, typer.Option(help="Random divisions 80 / 20.")] = 5,
     split_seed: Annotated[int, typer.Option(help="Of the random divisions and random scores.")] = 0,
@@ -31,6 +48,8 @@ def summarize(
     published: Annotated[
         str | None, typer.Option(metavar="SET", help="Published figures beside it. Default: by the annotations' name.")
     ] = None,
+    work: Work = None,
+    device: Device = "auto",
     markdown: Annotated[bool, typer.Option("--markdown", help="A Markdown table on stdout.")] = False,
     json: Json = False,
 ) -> None:
@@ -39,8 +58,14 @@ def summarize(
     from benchmarks import dr_dsn
     from benchmarks import summarize as bench
     from benchmarks.annotations import read
+    from benchmarks.kept import Kept
 
-    known = read(annotations)
+    if not run and (store is not None or tower or all_checkpoints or checkpoint != "latest"):
+        raise UsageError("--store, --tower and checkpoints without --run", "they are of a run's networks",
+                         "--run runs/temporal --store STORE, or --features FILE.h5")  # fmt: skip
+    if curve is not None and not all_checkpoints:
+        raise UsageError("--curve without --all-checkpoints", "a curve is drawn over checkpoints", "--all-checkpoints")
+    known, kept, places = read(annotations), Kept(work), dict[str, dict[str, Any]]()
     given = {}
     for path in features or []:
         found = read(path)
@@ -54,7 +79,10 @@ def summarize(
                 "its groups, or their video_name, must be called as the annotations call the videos",
             )
         given[path.stem] = rows
-    if not features and all(v.features is not None for v in known.videos.values()):
+    if run:
+        more, places = _of_runs(run, store, known, tower or ["video"], checkpoint, all_checkpoints, kept, device)
+        given |= more
+    if not features and not run and all(v.features is not None for v in known.videos.values()):
         given[known.name] = {n: v.features for n, v in known.videos.items()}
     parts = bench.read_splits(splits_file, list(known.videos)) if splits_file is not None else None
     with console.Progress("summaries", "rows") as progress:
@@ -68,6 +96,43 @@ def summarize(
             measure=measure,
             published=published,
             config=dr_dsn.Config(epochs=epochs),
+            places=places,
+            kept=kept,
             progress=progress.show,
         )
+    if all_checkpoints:
+        from benchmarks.curve import draw
+
+        file = draw(table, "F", curve or Path("summarize-checkpoints.svg"))
+        console.say(f"wrote {file} ({console.size(file.stat().st_size)})")
     console.result(table, json, markdown)
+
+
+def _of_runs(
+    named: list[str],
+    store: Path | None,
+    known: Annotations,
+    towers: list[str],
+    checkpoint: str,
+    every: bool,
+    kept: Kept,
+    device: str,
+) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+    """({row: {video: features}}, {row: its place on a curve}) of runs' networks, of each checkpoint they share."""
+    from benchmarks.curve import common_steps, place_of
+    from benchmarks.picks import features_of
+    from trainers.run import find_run
+
+    opened, found = open_store(store), by_name([find_run(r) for r in named])
+    which = common_steps(list(found.values())) if every else [number(checkpoint)]
+    given, places = dict[str, dict[str, Any]](), dict[str, dict[str, Any]]()
+    with console.Progress("features", "networks") as progress:
+        for name, one in found.items():
+            for at in which:
+                progress.update(len(given), len(found) * len(which))
+                step, epoch = place_of(one, at)
+                row = f"{name} step {step}" if every else name
+                given[row] = features_of(opened, one, at, known, towers, kept=kept, device=device)
+                if every:
+                    places[row] = {"step": step, "epoch": epoch, "of run": f"DR-DSN on {name}"}
+    return given, places

@@ -318,3 +318,87 @@ def test_on_the_command_line(tmp_path, capsys):
         a.copy("video_0", b, "elsewhere")
     assert invoke(["bench", "summarize", str(file), "--features", str(other)]) == 2
     assert "no features of 3 of 3" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def filmed(tmp_path_factory):
+    """A store, a run of it with two checkpoints, and what people said of four of its videos."""
+    from tiny_run import config, store_in
+
+    from benchmarks.export import source_frames
+    from trainers.loop import train
+
+    folder = tmp_path_factory.mktemp("filmed")
+    store = store_in(folder, codec="jpeg")
+    sets = ("steps=4", "checkpoint_every=2", "keep_every=2")
+    run = train("avid", store, config(*sets), folder / "runs" / "mine").run
+    known, rng = {}, np.random.default_rng(0)
+    for number in store.numbers[:4].tolist():
+        n = source_frames(store, number)[1]
+        scores = (rng.random((3, n)) < 0.3).astype(np.float32)
+        segments = np.stack([np.arange(0, n, 4), np.minimum(np.arange(0, n, 4) + 3, n - 1)], 1)
+        name = store.key(number).removesuffix(".mp4")
+        known[name] = Annotated(name, n, scores > 0, scores, segments, np.arange(0, n, 15))
+    return store, run, Annotations("toy", "best", known)
+
+
+def test_features_of_a_checkpoint_are_those_that_export_writes(filmed, tmp_path):
+    from benchmarks.export import export_eccv16
+    from benchmarks.picks import features_of
+    from trainers.embed import embed
+
+    store, run, known = filmed
+    embed(run, store)
+    for towers in (["video"], ["video", "audio"]):
+        file = tmp_path / f"{len(towers)}.h5"
+        export_eccv16(store, file, "mine", towers, annotations=known)
+        written = {v.name: v.features for v in read(file).videos.values()}
+        for name, x in features_of(store, run, "latest", known, towers).items():
+            np.testing.assert_allclose(x, written[name], atol=2e-3)  # embeddings are kept as float16
+    early, late = (features_of(store, run, at, known)["000"] for at in (2, "latest"))
+    assert np.abs(early - late).max() > 1e-3
+    with pytest.raises(UsageError, match="no 'vidoe'"):
+        features_of(store, run, "latest", known, ["vidoe"])
+    with pytest.raises(UsageError, match="no 'joint'"):
+        features_of(store, run, "latest", known, ["joint"])
+    other = Annotations("toy", "best", {"nowhere": toy(1).videos["video_0"]})
+    with pytest.raises(NotFoundError, match="not found once"):
+        features_of(store, run, "latest", other)
+
+
+def test_checkpoints_are_drawn_and_kept_trainings_are_not_done_again(filmed, tmp_path, capsys, monkeypatch):
+    from benchmarks.export import export_eccv16
+    from cli.main import invoke
+    from trainers.embed import embed
+
+    store, run, known = filmed
+    embed(run, store, name="told")
+    people_file, drawn = tmp_path / "people.h5", tmp_path / "f.svg"
+    export_eccv16(store, people_file, "told", annotations=known)
+    base = ["bench", "summarize", str(people_file), "--store", str(store.path), "--splits", "2", "--epochs", "1",
+            "--json"]  # fmt: skip
+    asked = [*base, "--run", str(run.path), "--all-checkpoints", "--curve", str(drawn), "--work",
+             str(tmp_path / "work")]  # fmt: skip
+    assert invoke(asked) == 0
+    table = json.loads(capsys.readouterr().out)
+    mine = [r for r in table["rows"] if "step" in r]
+    assert [(r["scores"], r["step"]) for r in mine] == [(f"DR-DSN on mine step {s}", s) for s in (2, 4)]
+    assert {r["of run"] for r in mine} == {"DR-DSN on mine"} and "<polyline" in drawn.read_text()
+    compared = [n for n in table["notes"] if n.startswith("F: DR-DSN")]
+    assert compared and all("step 4" in n for n in compared)  # checkpoints of one run are no rivals
+    trained, real = [], dr_dsn.train
+    monkeypatch.setattr(dr_dsn, "train", lambda *a: trained.append(1) or real(*a))
+    assert invoke(asked) == 0
+    assert json.loads(capsys.readouterr().out) == table and not trained
+    assert invoke([*asked, "--seeds", "2"]) == 0
+    more = json.loads(capsys.readouterr().out)["rows"]
+    assert len(trained) == 4 and more[0]["values"][::2] == mine[0]["values"]  # the second seed of two splits, twice
+    assert invoke([*base, "--run", str(run.path), "--checkpoint", "2"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    (one,) = [r for r in rows if r["scores"] == "DR-DSN on mine"]
+    assert one["values"] == mine[0]["values"]
+    for words, told in ((["--all-checkpoints"], "without --run"), (["--curve", "x.svg"], "without --run"),
+                        (["--run", str(run.path), "--curve", "x.svg"], "--curve without"),
+                        (["--run", str(run.path), "--checkpoint", "77"], "77")):  # fmt: skip
+        assert invoke([*base, *words]) in (2, 4), words
+        assert told in capsys.readouterr().err
