@@ -312,8 +312,8 @@ def bench(
         f"{recipe.batch}, {recipe.draws} training clips of each video in an epoch, {recipe.frames} frames at "
         f"{recipe.fps} fps{f', {recipe.size} pixels' if recipe.size else ''}; softmax averaged over {recipe.clips} "
         f"centre-cropped clips; clip top-1: of {f'{recipe.alone} clips' if recipe.alone else 'the same clips'}",
-        f"from scratch: the same networks and schedule from random weights, everything trained in all "
-        f"{recipe.warm_up + recipe.epochs} epochs",
+        *([f"from scratch: the same networks and schedule from random weights, everything trained in all "
+           f"{recipe.warm_up + recipe.epochs} epochs"] if scratch else []),
         *seen,
     ]
     held = [len(p.val) for p in probed.parts if p.val is not None]
