@@ -173,7 +173,7 @@ def bench(
             f"SVM, logistic regression: sound encoders on {sound.path.name}, {probed.description}; conv5x pooled,"
             f" {CLIPS} clips of a recording averaged, C chosen within the training part"
         )
-    return Table(f"every method at one budget, {store.path.name}", columns, rows, tuple(notes))
+    return Table(f"every method at one budget, {store.path.name}", columns, rows, tuple(notes), spreads=columns[1:-2])
 
 
 def _require_known(names: Sequence[str], sets: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ browser to fetch anything. Text that users or media bring goes through `escaped`
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
 import html
 from collections.abc import Iterable, Sequence
@@ -194,7 +195,7 @@ CONTROLS = ("chance", "random", "raw", "pixels", "motion", "mean frame", "mean a
 def table(value: Table) -> str:
     """A table of results: numbers to the right, empty columns and repeated leading words left out, controls in grey."""
     filled = tuple(c for c in value.columns if any(r.get(c) not in (None, "") for r in value.rows))
-    value = Table(value.title, filled, value.rows, value.notes)
+    value = dataclasses.replace(value, columns=filled)
     cells = value.cells()
     numeric = [
         any(isinstance(r.get(c), int | float) for r in value.rows)

@@ -61,7 +61,8 @@ def read_tables(path: Path) -> list[Table]:
         if not fits or not all(isinstance(r, dict) for r in one["rows"]):
             raise CorruptError(f"{path} holds no table of results", "it needs title, columns and rows", "bench --json")
         columns, notes = tuple(map(str, one["columns"])), tuple(map(str, one.get("notes", ())))
-        out.append(Table(str(one.get("title", path.stem)), columns, one["rows"], notes))
+        spreads = tuple(map(str, one.get("spreads", ())))
+        out.append(Table(str(one.get("title", path.stem)), columns, one["rows"], notes, spreads))
     return out
 
 

@@ -66,6 +66,9 @@ def test_the_table_and_a_second_time(store: Store, tmp_path: Path) -> None:
     rows = {r["method"]: r for r in table.rows}
     assert set(rows) == {"avid-cma", "ccl", "random weights of avid-cma", "chance"}
     assert rows["avid-cma"]["of"] == 2 and len(rows["avid-cma"]["v-a"]) == 2
+    shown = {r[0]: dict(zip(table.columns, r, strict=True)) for r in table.cells()}
+    mean, sd = rows["avid-cma"]["v-a"]
+    assert shown["avid-cma"]["v-a"] == f"{mean:.3f} ± {sd:.3f}"
     assert rows["chance"]["v-v"] == pytest.approx(0.5, abs=0.1)
     assert "a-a" not in rows["ccl"]  # its student sees and does not hear
     run = Run(tmp_path / "out" / "avid-cma-s0")
