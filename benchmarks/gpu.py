@@ -10,6 +10,7 @@ The parts are in gpu_limits, gpu_train, gpu_media, gpu_search, gpu_run. Here: th
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import subprocess
@@ -26,8 +27,15 @@ from avstore.errors import UsageError, did_you_mean
 from benchmarks.table import Table
 
 MINUTES = 9.5  # for all parts together; what does not fit is told as not run
-Row = dict[str, Any]  # what, value, unit, limit, of (value / limit), note; or what, note where it could not be measured
-COLUMNS = ("what", "value", "unit", "limit", "of", "note")
+# what, value, unit, limit, of (value / limit; limit / value for seconds), note; or what, note where it could not be
+# measured. asked, met: what is wanted of it and whether it is so (`wanted`)
+Row = dict[str, Any]
+COLUMNS = ("what", "value", "unit", "limit", "of", "asked", "met", "note")
+LEGEND = (
+    "limit: the most that this machine could give, by what was measured beside it (the note says by what). "
+    "of: the share of it that was reached, limit / value for seconds. asked, met: what this project asks of the figure."
+)
+TOY = "At toy size, on a CPU: these numbers show that the script runs, and nothing else."
 
 
 @dataclass(frozen=True)
@@ -178,13 +186,25 @@ class Report:
     parts: dict[str, dict[str, Any]]
 
     def tables(self) -> list[Table]:
-        notes = ("At toy size, on a CPU: these numbers show that the script runs, and nothing else.",)
+        """A table for each part, in their order; figures as text, in four digits, whatever their size."""
         out = []
         for name, part in self.parts.items():
             why = (f"Did not end: {part['why']}",) if part["why"] else ()
-            about = (*why, f"{part['seconds']:.0f} s", *(notes if self.size == "toy" else ()))
-            out.append(Table(f"{PARTS[name].title} ({name})", COLUMNS, part["rows"], about))
+            rows = [{k: _digits(v) for k, v in row.items()} for row in part["rows"]]
+            used = tuple(c for c in COLUMNS if c in ("what", "value", "note") or any(r.get(c) for r in rows))
+            about = (*why, f"this part took {part['seconds']:.0f} s")
+            out.append(Table(f"{PARTS[name].title} (--part {name})", used, rows, about))
         return out
+
+    def verdicts(self) -> Table:
+        """Every figure of which something is asked, and every part that did not end: the report in short."""
+        rows: list[Row] = []
+        for name, part in self.parts.items():
+            of = {"part": name}
+            rows += [of | {k: _digits(v) for k, v in r.items()} for r in part["rows"] if "asked" in r]
+            if part["why"]:
+                rows.append({**of, "what": "did not end", "met": False, "note": part["why"]})
+        return Table("What is asked, and whether it is so", ("part", "what", "value", "asked", "met", "note"), rows)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -192,7 +212,9 @@ class Report:
     def to_markdown(self) -> str:
         words = ", ".join(f"{k} {v}" for k, v in self.machine.items() if v is not None)
         head = f"# avstore bench gpu\n\n{words}; {self.size} size; {self.seconds:.0f} s in all.\n"
-        return "\n".join([head, *(t.to_markdown() for t in self.tables())])
+        toy = [f"**{TOY}**\n"] if self.size == "toy" else []
+        tables = [t.to_markdown() for t in (self.verdicts(), *self.tables())]
+        return "\n".join([head, *toy, f"{LEGEND}\n", *tables])
 
     def write(self, folder: Path) -> tuple[Path, Path]:
         """gpu.json and gpu.md in `folder`."""
@@ -269,8 +291,31 @@ def _here(name: str, bench: Bench) -> tuple[list[Row], str | None]:
 
 
 def _ratio(row: Row) -> Row:
+    """The row with the share of its limit. A figure that is not finite is none: JSON has no other way."""
     value, limit = row.get("value"), row.get("limit")
-    return {**row, "of": value / limit} if value is not None and limit else row
+    if value is not None and not math.isfinite(value):
+        lost = {k: x for k, x in row.items() if k not in ("value", "limit", "met")}
+        said = f"not measured: it came out as {value}; {row.get('note', '')}".rstrip("; ")
+        return {**lost, **({"met": False} if "asked" in row else {}), "note": said}
+    if value is None or not limit or not math.isfinite(limit):
+        return {k: x for k, x in row.items() if k != "limit"}
+    return {**row, "of": limit / value if row.get("unit") == "s" and value else value / limit}
+
+
+def wanted(value: float | None, sign: str, bound: float, what: str = "") -> Row:
+    """`asked` and `met` of a row: what is asked of `value`; of a figure that was not measured (None) `asked` alone.
+    sign: ">=", "<=" or "==" (NaN never meets it). what: of what, where it is not the row's own value."""
+    asked = f"{sign} {bound:g}{' ' if what else ''}{what}"
+    if value is None:
+        return {"asked": asked}
+    return {"asked": asked, "met": bool({">=": value >= bound, "<=": value <= bound, "==": value == bound}[sign])}
+
+
+def _digits(value: Any) -> Any:
+    """A figure in four digits: a table's three decimals would show 4e-7 as 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return value
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 _CODE = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from benchmarks.gpu import child; child(sys.argv[2])"

@@ -18,7 +18,7 @@ from avstore import dali, device_jpeg
 from avstore.codecs import decode_jpeg_into, encode_jpeg
 from avstore.encode import encode_batch
 from avstore.frontends import FRONT_ENDS, SPREAD, spectrogram, spectrogram_rows
-from benchmarks.gpu import Bench, Row, rate
+from benchmarks.gpu import Bench, Row, rate, wanted
 
 
 def write_videos(folder: Path, files: int, seconds: int, height: int) -> list[Path]:
@@ -65,10 +65,12 @@ def ingest_rates(bench: Bench) -> Iterator[Row]:
     options: dict[str, Any] = {"front_ends": ()} if bench.cuda else {"front_ends": (), "size": (32, 48), "fps": 8}
     for kind in ("dali", "dali-nvjpeg", "pyav"):
         who = f"ingest --decode {kind}" + (f", {cpus} cores" if kind == "pyav" else "")
-        row = {"what": who, "unit": "frames/s", "limit": bare if kind != "pyav" else None}
+        device = kind != "pyav"
+        row = {"what": who, "unit": "frames/s", "limit": bare if device else None}
+        share = "of the bare loop"
         why = None if kind == "pyav" else (dali.why_not(kind) if bench.cuda else "a CPU: no NVDEC")
         if why is not None:
-            yield {**row, "limit": None, "note": f"not measured: {why}"}
+            yield {**row, "limit": None, **wanted(None, ">=", 0.8, share), "note": f"not measured: {why}"}
             continue
         workers = cpus if kind == "pyav" or cpus < 8 else 8
         began = time.perf_counter()
@@ -84,7 +86,8 @@ def ingest_rates(bench: Bench) -> Iterator[Row]:
             by = [v.facts["decoder"] for v in store]
             back = sorted({str(v.facts["fallback"]) for v in store if v.facts["fallback"]})
         note = f"{made.ok} of {files} ok, {by.count('dali')} by DALI" + (f"; {back[0]}" if back else "")
-        yield {**row, "value": frames / wall, "note": f"{note}; 0.8 of the bare loop is asked" if bare else note}
+        asked = wanted(frames / wall / bare if bare else None, ">=", 0.8, share) if device else {}
+        yield {**row, "value": frames / wall, **asked, "note": f"{note}; the limit: the bare loop" if device else note}
 
 
 def _bare(paths: list[Path], count: int, streams: int) -> float:
@@ -125,7 +128,8 @@ def jpeg(bench: Bench) -> Iterator[Row]:
         with ThreadPoolExecutor(threads) as pool:
             value = rate(bench, lambda pool=pool: list(pool.map(decode_jpeg_into, payloads, out)), n)  # type: ignore[misc]
         best = max(best, value)
-        yield {"what": f"decode on the CPU, {threads} threads", "value": value, "unit": "pictures/s"}
+        what = f"decode on the CPU, {threads} thread{'s' if threads > 1 else ''}"
+        yield {"what": what, "value": value, "unit": "pictures/s"}
     arrays = [np.frombuffer(p, np.uint8) for p in payloads]
     exact = np.empty_like(pictures[0])
     decode_jpeg_into(payloads[0], exact)
@@ -141,7 +145,10 @@ def jpeg(bench: Bench) -> Iterator[Row]:
             yield {**row, "note": f"not measured: {type(e).__name__}: {' '.join(str(e).split())[:120]}"}
             continue
         levels = f"off by {off.mean():.2f} levels on average, {off.max()} at most"
-        yield {**row, "value": value, "note": f"{value / best:.2f} times the CPU's best; {levels}"}
+        note = f"{value / best:.2f} times the CPU's best; {levels}; the limit: to copy the JPEGs to the device"
+        upload = bench.limits.get("upload")
+        limit = upload * 1e9 * n / sum(map(len, payloads)) if upload else None
+        yield {**row, "value": value, "limit": limit, "note": note}
     yield {
         "what": "encode on the CPU, 1 thread",
         "unit": "pictures/s",
@@ -176,7 +183,7 @@ def spectrograms(bench: Bench) -> Iterator[Row]:
             off = (spectrogram(there[:2], name, hertz).cpu() - spectrogram(sound[:2], name, hertz)).abs().max()
         bytes_each = seconds * (2 * hertz + 4 * recipe.bins * float(recipe.rate))
         limit = bench.limits["copy"] * 1e9 / bytes_each if "copy" in bench.limits else None
-        note = f"largest difference to the CPU {float(off):.2g}; the limit reads the sound and writes the rows once"
+        note = f"largest difference to the CPU {float(off):.2g}; the limit: to read the sound and write the rows once"
         yield {"what": f"{name}, {count} windows of {seconds} s", "value": value, "unit": "windows/s", "limit": limit,
                "note": note}  # fmt: skip
     wave = np.random.default_rng(1).integers(-8000, 8000, (60 if bench.cuda else 2) * 24000).astype(np.int16)
@@ -185,5 +192,6 @@ def spectrograms(bench: Bench) -> Iterator[Row]:
         theirs = spectrogram_rows(wave, name, 24000).astype(np.float32)
         value = rate(bench, lambda name=name: spectrogram_rows(wave, name, 24000, bench.device), len(wave) / 24000)  # type: ignore[misc]
         beyond = float(np.max(np.abs(mine - theirs) - np.spacing(np.abs(theirs).astype(np.float16)).astype(np.float32)))
-        note = f"at most {max(beyond, 0):.2g} beyond a step of float16 from the CPU's; {SPREAD} is allowed"
-        yield {"what": f"{name}, stored rows of a whole video", "value": value, "unit": "s of sound/s", "note": note}
+        note = f"at most {max(beyond, 0):.2g} beyond a step of float16 from the CPU's"
+        yield {"what": f"{name}, stored rows of a whole video", "value": value, "unit": "s of sound/s",
+               **wanted(max(beyond, 0), "<=", SPREAD, "from the CPU's"), "note": note}  # fmt: skip

@@ -3,6 +3,7 @@ processes on one device."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from avstore.errors import AvstoreError
-from benchmarks.gpu import Bench, Row, rate
+from benchmarks.gpu import Bench, Row, rate, wanted
 from trainers import checkpoint
 from trainers.backbones import video_net
 from trainers.compiled import begin_part, compile_networks
@@ -40,12 +41,19 @@ class Head(nn.Module):
 
 def multiplications(module: nn.Module, x: Tensor) -> int:
     """Multiply-accumulates of one forward pass in convolutions and linear layers, counted from the shapes."""
-    total = 0
+    with counted(module) as total, torch.no_grad():
+        module(x)
+    return total[0]
+
+
+@contextlib.contextmanager
+def counted(module: nn.Module) -> Iterator[list[int]]:
+    """Multiply-accumulates of the forward passes within, in convolutions and linear layers: a list of one number."""
+    total = [0]
 
     def count(layer: nn.Module, given: Any, out: Tensor) -> None:
-        nonlocal total
         weight: Tensor = layer.weight  # type: ignore[assignment]
-        total += out.numel() * weight[0].numel()
+        total[0] += out.numel() * weight[0].numel()
 
     hooks = [
         m.register_forward_hook(count)
@@ -53,12 +61,10 @@ def multiplications(module: nn.Module, x: Tensor) -> int:
         if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear)
     ]
     try:
-        with torch.no_grad():
-            module(x)
+        yield total
     finally:
         for hook in hooks:
             hook.remove()
-    return total
 
 
 def stepper(bench: Bench, module: nn.Module, x: Tensor, bf16: bool, how: Any = "") -> Callable[[], None]:
@@ -94,7 +100,7 @@ def _train_rates(bench: Bench, kinds: Sequence[str]) -> Iterator[Row]:
             row: Row = {"what": f"{frames} x {side}², batch {batch}, {kind}", "unit": "clips/s"}
             precision, _, how = kind.partition(" ")
             if how and not bench.cuda:
-                yield {**row, "note": "not on a CPU: avstore bench step --only compiled"}
+                yield {**row, "note": "not measured on a CPU here: avstore bench step --only compiled"}
                 continue
             ceiling = bench.limits.get(
                 "matmul-bf16" if "bf16" in kind else "matmul-tf32", bench.limits.get("matmul-fp32")
@@ -107,9 +113,9 @@ def _train_rates(bench: Bench, kinds: Sequence[str]) -> Iterator[Row]:
                     compile_networks(module, how, x.device)  # type: ignore[arg-type]
                 value = rate(bench, stepper(bench, module, x, precision == "bf16", how), batch)
             except (torch.cuda.OutOfMemoryError, RuntimeError) as e:
-                yield {**row, "note": f"{type(e).__name__}: {' '.join(str(e).split())[:120]}"}
+                yield {**row, "note": f"not measured: {type(e).__name__}: {' '.join(str(e).split())[:120]}"}
                 continue
-            note = f"{flops * value:.3g} TFLOP/s, {flops:.3g} TFLOP a clip"
+            note = f"{flops * value:.3g} TFLOP/s, {flops:.3g} TFLOP a clip; the limit: matrix products alone"
             if bench.cuda:
                 note += f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
             if (frames, side) in ANCHORS and kind != "fp32":
@@ -145,11 +151,13 @@ class _Net(nn.Module):
 def adam_through_a_checkpoint(bench: Bench) -> Iterator[Row]:
     """Four steps at once against two, a checkpoint, and two in fresh objects; fused Adam, channels last: largest
     difference of weights and moments. The optimiser state is copied element by element only where strides are kept."""
+    value = adam_difference(bench.device, bench.folder)
     yield {
         "what": "largest difference after going on from a checkpoint",
         "unit": "",
-        "value": adam_difference(bench.device, bench.folder),
-        "note": "0 is asked; deterministic kernels",
+        "value": value,
+        **wanted(value, "==", 0),
+        "note": "of all weights and moments; deterministic kernels",
     }
 
 
@@ -193,9 +201,10 @@ def two_processes_one_device(bench: Bench) -> Iterator[Row]:
     """SyncBatchNorm over two processes on one device (gloo: NCCL refuses two ranks there) against one process."""
     row: Row = {"what": "largest difference of outputs and gradients to one process", "unit": ""}
     if not bench.cuda:
-        yield {**row, "note": "not measured: torch's SyncBatchNorm refuses a CPU"}
+        yield {**row, **wanted(None, "<=", 1e-10), "note": "not measured: torch's SyncBatchNorm refuses a CPU"}
         return
-    yield {**row, "value": batch_norm_difference(bench.device), "note": "float64; below 1e-10 is asked"}
+    value = batch_norm_difference(bench.device)
+    yield {**row, "value": value, **wanted(value, "<=", 1e-10), "note": "float64, over gloo"}
 
 
 _CODE = (

@@ -44,7 +44,7 @@ KINDS = {
 MOST = 16 * 2**20  # bytes of one picture
 TIMES = (("data-wait", "data_wait_s"), ("prepare", "prepare_s"), ("compute", "compute_s"))
 ALONE = frozenset({"step", "samples", "rows", "duplicates", "epoch", "lr", "loss", "grad_norm", "clips_per_s",
-                   *(name for _, name in TIMES)})  # fmt: skip
+                   *(name for _, name in TIMES), "device_wait_s"})  # fmt: skip
 
 
 def read_tables(path: Path) -> list[Table]:
@@ -169,9 +169,11 @@ def training(run: Run) -> str:
     values = {k: {x[k] for x in lines if isinstance(x.get(k), int | float)} for k in others}
     terms = [k for k in others if len(values[k]) > 1]
     fixed = [f"{k.replace('_', ' ')} {next(iter(values[k])):.4g}" for k in others if len(values[k]) == 1]
+    device = [float(x.get("device_wait_s") or 0) for x in lines]  # a part of compute; none on a CPU
+    parts = [*TIMES, *([("device-wait", "device_wait_s")] if any("device_wait_s" in x for x in lines) else [])]
     figures = [
         chart("Loss", [curve("loss", "loss")], smooth=smooth),
-        chart("Milliseconds of a step", [curve(n, k, 1000) for n, k in TIMES], zero=True),
+        chart("Milliseconds of a step", [curve(n, k, 1000) for n, k in parts], zero=True),
         chart("Clips per second", [curve("clips/s", "clips_per_s")], zero=True, smooth=smooth),
         chart("Learning rate", [curve("lr", "lr")], zero=True),
         chart("Gradient norm", [curve("norm", "grad_norm")], zero=True, smooth=smooth),
@@ -181,6 +183,9 @@ def training(run: Run) -> str:
     total = [sum(float(x.get(k) or 0) for x in lines) for _, k in TIMES]
     if sum(total):
         note += f" Waiting for data took {100 * total[0] / sum(total):.1f} % of the time of the logged steps."
+        if len(parts) > len(TIMES):
+            share = 100 * sum(device) / sum(total)
+            note += f" Within compute, the device waited for its batches to be copied and augmented {share:.1f} %."
     if fixed:
         note += f" The same throughout: {', '.join(fixed)}."
     if smooth > 1:

@@ -63,9 +63,10 @@ def compiled(asked: _Asked) -> Table:
     for how, seconds in times.items():
         apart = [abs(a / b - 1) for a, b in zip(losses[how], losses["off"], strict=True)]
         ratio = statistics.median(b / s for s, b in zip(seconds, times["off"], strict=True))
+        note = "" if how == "off" else f"apart: {apart[0]:.2g} the first loss, {max(apart):.2g} the worst"
         rated.append({"compile": how, "clips/s": config.loop.batch / statistics.median(seconds), "times": ratio,
                       "first step s": first[how], "first loss apart": apart[0], "losses apart": max(apart),
-                      "note": "" if how == "off" else f"the first loss is {apart[0]:.2g} apart"})  # fmt: skip
+                      "note": note})  # fmt: skip
     return Table(
         f"{config.name} {config.preset}: steps of {config.loop.batch} clips, compiled", COLUMNS, [*rated, *table],
         (f"{_machine(device)}, {config.loop.precision}",

@@ -34,7 +34,7 @@ def gpu(
     elif markdown:
         console.data(report.to_markdown().rstrip())
     else:
-        for table in report.tables():
+        for table in (*report.tables(), report.verdicts()):  # the verdicts where the eye ends up
             console.table(table)
     console.say(f"report: {paths[1]}, {paths[0]}")
     failed = [name for name, p in report.parts.items() if p["why"]]

@@ -112,6 +112,8 @@ class _Show:
             words = [f"loss {values['loss']:.4f}"] if isinstance(values.get("loss"), float) else []
             if isinstance(values.get("data_wait_s"), float):
                 words.append(f"data wait {1000 * values['data_wait_s']:.0f} ms")
+            if isinstance(values.get("device_wait_s"), float):
+                words.append(f"device wait {1000 * values['device_wait_s']:.1f} ms")
             self.progress.stage_is(event.method)
             self.progress.update(event.step, event.total, extra=", ".join(words))
         elif event.kind == "note":

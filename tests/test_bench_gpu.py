@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import typer
 from typer.testing import CliRunner
 
 from avstore.errors import UsageError
-from benchmarks import gpu, gpu_train
+from benchmarks import gpu, gpu_store, gpu_train
 from benchmarks.gpu import PARTS, Bench, Part, Report, Row
 from cli import bench_gpu
 
@@ -50,6 +51,64 @@ def test_all_parts_on_a_cpu(tmp_path: Path) -> None:
     retrieval = [r for r in report.parts["run"]["rows"] if r["what"].startswith("R@1")]
     assert retrieval and all(0 <= r["value"] <= 1 for r in retrieval)
     assert next(r for r in report.parts["ingest"]["rows"] if r["what"].startswith("ingest --decode pyav"))["value"] > 0
+
+
+def test_the_report_in_short_and_figures_in_their_size(tmp_path: Path) -> None:
+    rows = [
+        {"what": "a", "value": 2.0, "unit": "clips/s", "limit": 8.0},
+        {"what": "b", "value": 2.0, "unit": "s", "limit": 1.0},  # twice as long as need be
+        {"what": "c", "value": 4e-7, **gpu.wanted(4e-7, "==", 0)},
+        {"what": "d", "value": float("nan"), "limit": 1.0, **gpu.wanted(float("nan"), "<=", 1), "note": "empty"},
+        {"what": "e", **gpu.wanted(None, ">=", 0.8, "of the bare loop"), "note": "not measured: a CPU"},
+        {"what": "f", "value": 12345.6, "limit": float("inf"), **gpu.wanted(12345.6, ">=", 3)},
+    ]
+    part = {"rows": [gpu._ratio(r) for r in rows], "why": "it was late", "seconds": 3.0}
+    a, b, c, d, e, f = part["rows"]
+    assert a["of"] == 0.25 and b["of"] == 0.5 and "of" not in f
+    assert c["met"] is False and f["met"] is True and "met" not in e and e["asked"] == ">= 0.8 of the bare loop"
+    assert d["met"] is False and "value" not in d and d["note"] == "not measured: it came out as nan; empty"
+    report = Report({"device": "x"}, "full", 3.0, {"adam": part})
+    as_json, as_markdown = report.write(tmp_path)  # JSON without NaN, or all would be lost with one figure
+    assert json.loads(as_json.read_text())["parts"]["adam"]["rows"][2]["value"] == 4e-7
+    text = as_markdown.read_text()
+    assert "| c | 4e-07 | == 0 | no |" in text and "12,346" in text and "toy" not in text.lower()
+    short = report.verdicts()
+    assert [r["what"] for r in short.rows] == ["c", "d", "e", "f", "did not end"]
+    assert short.rows[-1]["note"] == "it was late" and "| adam | c | 4e-07 | == 0 | no |" in text
+
+
+def test_the_wait_for_data_is_the_hosts_and_the_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    from test_prefetch import Cuda, Feed
+
+    from trainers.prefetch import Ahead
+
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
+    row = gpu_store.waiting({"host": 0.004, "device": 0.003})
+    assert row["value"] == pytest.approx(0.007) and row["met"] is True
+    assert "the host for the reader 0.40%, the device for copies and augmentation 0.30%" in row["note"]
+    row = gpu_store.waiting({"host": 0.02})
+    assert row["met"] is False and "no device" in row["note"]
+
+    cuda, told = Cuda(), []
+
+    class Steps:
+        """A trainer whose device waits 1 ms for each batch."""
+
+        def step(self, feed: Any, meter: Any = None) -> None:
+            next(feed)
+            cuda.wait = 1.0
+            cuda.run()
+            if meter is not None:
+                meter.steps, meter.clips, meter.data = meter.steps + 1, meter.clips + 4, meter.data + 1e-4
+                told.append(meter)
+
+    bench = Bench("cpu", gpu.SIZES["toy"], Path())
+    cuda.wait = 1.0
+    feed = Ahead(Feed(10**6, cuda.log, cuda.now), cuda.side, lambda: True, cuda)
+    rate, times = gpu_store._timed(bench, Steps(), feed)  # type: ignore[arg-type]
+    wall = 4 * len(told) / rate
+    assert times["device"] == pytest.approx(1e-3 * len(told) / wall)  # the batch that warmed up is not in it
+    assert times["host"] == pytest.approx(1e-4 * len(told) / wall)
 
 
 def breaks(bench: Bench) -> Iterator[Row]:

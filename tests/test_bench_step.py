@@ -36,6 +36,8 @@ def test_compiled_steps() -> None:
     assert rows["off"]["times"] == 1 and rows["graphs"]["note"] == "not on a CPU"
     if missing is None:
         assert rows["compile"]["clips/s"] > 0 and rows["compile"]["losses apart"] < 1e-2
+        assert 0 <= rows["compile"]["first loss apart"] < 1e-4  # one forward pass of float32 through the same weights
+        assert "apart" in rows["compile"]["note"] and any("losses of 4 steps" in note for note in table.notes)
 
 
 @pytest.mark.parametrize("name", ["crisscross", "supervised"])

@@ -59,6 +59,8 @@ def test_graphs_on_a_device_only_and_in_one_process(monkeypatch: pytest.MonkeyPa
         compiled.compile_networks(Method(), "graphs", CPU)
     with pytest.raises(UsageError, match="2 processes"):
         compiled.compile_networks(Method(), "graphs", CUDA, 2)
+    with pytest.raises(UsageError, match="accumulate=4"):  # the sum of gradients would be the last part's
+        compiled.compile_networks(Method(), "graphs", CUDA, parts=4)
     assert compiled.compile_networks(Method(), "graphs", CUDA) and modes == ["reduce-overhead"] * 2
     begun = []
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: begun.append(1))

@@ -336,6 +336,12 @@ def test_the_report_of_a_run_has_its_curves(tmp_path: Path, store: Store) -> Non
         and "The same throughout: shrunk 0." in text
         and "8 logged steps of 8" in text
     )
+    assert "device" not in text  # of a CPU
+    lines = [{**x, **({"device_wait_s": 0.01} if x["step"] > 1 else {})} for x in lines]  # none had ended at the first
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    text = training(Logged())  # type: ignore[arg-type]
+    assert re.findall(r"<figcaption>([^<]+)</figcaption>", text) == titles  # in the figure of the other times
+    assert "device-wait" in text and "copied and augmented 1.8 %" in text and "data took 20.0 %" in text
     (tmp_path / "metrics.jsonl").write_text("")
     assert "not logged two steps" in training(Logged())  # type: ignore[arg-type]
 

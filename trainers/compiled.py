@@ -24,11 +24,14 @@ from trainers.encoders import Encoder
 How = Literal["off", "compile", "graphs"]
 
 
-def compile_networks(method: nn.Module, how: How, device: torch.device, processes: int = 1) -> list[str]:
-    """Compiles every network of `method` in place; their names, [] where `how` is off or there is none.
+def compile_networks(
+    method: nn.Module, how: How, device: torch.device, processes: int = 1, parts: int = 1
+) -> list[str]:
+    """Compiles every network of `method` in place; their names, [] where `how` is off or there is none. parts: of a
+    step, between which gradients are kept.
 
-    UsageError for graphs on a CPU or in several processes, ExtraMissingError where this machine lacks the compiler that
-    torch.compile calls. The compiling itself happens at the first batch.
+    UsageError for graphs on a CPU, in several processes or in several parts, ExtraMissingError where this machine lacks
+    the compiler that torch.compile calls. The compiling itself happens at the first batch.
     """
     if how == "off":
         return []
@@ -41,6 +44,14 @@ def compile_networks(method: nn.Module, how: How, device: torch.device, processe
             f"compile=graphs in {processes} processes",
             "a graph cannot wait for another process' batch statistics and gradients",
             "--set compile=compile, or one process",
+        )
+    if how == "graphs" and parts > 1:
+        # torch takes a graph's own memory as the gradient, and the next replay writes over it: wrong sums, or an error
+        # (pytorch/pytorch issues 169545 and 96693)
+        raise UsageError(
+            f"compile=graphs with accumulate={parts}",
+            "gradients kept from one part of a batch to the next lie in memory that the next part's graph writes over",
+            "--set accumulate=1, or compile=compile",
         )
     missing = why_not(device)
     if missing is not None:

@@ -1,6 +1,7 @@
 """Where the time of a training goes: seconds for data, preparing and computing, on the lines of its metrics.
 
-Summed here, averaged over ranks and over the steps since the last line; `metrics.py` writes the lines.
+Summed here, averaged over ranks and over the steps since the last line; `metrics.py` writes the lines. These are the
+host's clocks; what the device waits for a batch that was launched ahead is `prefetch.device_wait`, on the same lines.
 """
 
 from __future__ import annotations

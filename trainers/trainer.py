@@ -38,7 +38,7 @@ from trainers.meter import Meter
 from trainers.methods import method as find_method
 from trainers.metrics import MetricLog
 from trainers.optimiser import channels_last, learning_rate_at, make_optimiser
-from trainers.prefetch import ahead, look_ahead
+from trainers.prefetch import ahead, device_wait, look_ahead
 from trainers.process import agreed, choose_precision
 from trainers.run import OpenRun, Run, build
 from trainers.snapshot import Snapshot
@@ -77,7 +77,7 @@ class Trainer:
             self.method = nn.SyncBatchNorm.convert_sync_batchnorm(self.method)
         for text in bind_teachers(self.method, store, snapshot, device, data.dtype_of(self.precision)):
             on_event(Event("note", name, text=text))
-        compiled = compile_networks(self.method, loop.compile, device, distributed.world())
+        compiled = compile_networks(self.method, loop.compile, device, distributed.world(), loop.accumulate)
         if loop.compile != "off":
             names = ", ".join(compiled) or "no network"
             on_event(Event("note", name, text=f"compile={loop.compile}: {names}"))
@@ -116,7 +116,7 @@ class Trainer:
             while self.done < self.total:
                 values = self.step(feed, meter)
                 if self._line_is_due(values):
-                    line = meter.line(values, self.device)
+                    line = meter.line(values, self.device) | device_wait(feed, self.loop.accumulate)
                     if log is not None:
                         log.write(self.done, line)
                     self.on_event(Event("step", self.name, self.done, self.total, values=line))

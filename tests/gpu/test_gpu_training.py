@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,9 @@ from trainers.config import METHODS, preset_of
 from trainers.events import Event
 from trainers.loop import train
 from trainers.meter import Meter
-from trainers.prefetch import ahead
+from trainers.metrics import read_metrics
+from trainers.prefetch import Ahead, ahead, device_wait, look_ahead
+from trainers.process import kernels
 from trainers.run import Run
 from trainers.snapshot import take_snapshot
 from trainers.trainer import Trainer
@@ -91,8 +94,9 @@ def test_training_one_batch_ahead_ends_with_the_same_bits(tmp_path: Path, device
         feed = data.Feed(store, snapshot, cfg, device, trainer.plan)
         fed = ahead(feed, device) if early else feed
         try:
-            for _ in range(4):
-                trainer.step(fed)
+            with kernels(device, True):
+                for _ in range(4):
+                    trainer.step(fed)
         finally:
             fed.close()
         ends.append({k: v.clone() for k, v in trainer.method.state_dict().items()})
@@ -113,10 +117,59 @@ def test_the_next_batch_is_launched_beside_the_compute(tmp_path: Path, device: t
             torch.cuda.synchronize()
             time.sleep(0.05)  # a reader of tiny clips is far ahead by then
         assert fed.early >= 5
+        torch.cuda.synchronize()
+        waited = device_wait(fed)
+        assert 0 <= waited["device_wait_s"] < 0.05 and device_wait(fed) == {}  # every wait has ended, and was told
     finally:
         fed.close()
     line = meter.line(values, device)
     assert {"data_wait_s", "prepare_s", "compute_s", "clips_per_s"} <= line.keys() and line["data_wait_s"] < 0.05
+
+
+def test_the_devices_wait_is_measured(tmp_path: Path, device: torch.device) -> None:
+    """A batch behind 200 large products on its own stream: the compute stream waits about as long as they take."""
+    import torch.cuda as cuda
+
+    a = torch.randn(4096, 4096, device=device)
+
+    def batches() -> Iterator[torch.Tensor]:
+        while True:
+            b = a
+            for _ in range(200 if slow else 0):
+                b = torch.nn.functional.normalize(b @ a)
+            yield b.sum()
+
+    def alone() -> float:
+        begin, end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
+        begin.record()
+        next(batches())
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1000
+
+    slow = True
+    alone()
+    takes = alone()
+    source = batches()
+    fed = Ahead(source, cuda.Stream(device), lambda: True)
+    next(fed)
+    torch.cuda.synchronize()
+    assert takes / 2 < device_wait(fed)["device_wait_s"] < 2 * takes
+    slow = False
+    next(fed)
+    look_ahead(fed)
+    torch.cuda.synchronize()  # this one is there before it is asked for
+    device_wait(fed)
+    next(fed)
+    torch.cuda.synchronize()
+    assert device_wait(fed)["device_wait_s"] < 1e-3
+
+
+def test_the_value_is_on_the_lines_of_a_run(tmp_path: Path, device: torch.device) -> None:
+    run = train("avid", store_in(tmp_path), config(*SETS), tmp_path / "run").run
+    lines = read_metrics(run.path / "metrics.jsonl")
+    told = [x["device_wait_s"] for x in lines if "device_wait_s" in x]
+    assert len(told) >= len(lines) // 2 and all(0 <= x < 1 for x in told)
 
 
 def losses(store: Store, path: Path, *sets: str) -> list[float]:
