@@ -3,15 +3,18 @@
     with as_store(Path("film.mp4"), like=store) as one:
         found = summarise(one, run)                     # scores for each second, segments, what is chosen
 
-A run's embeddings of each second -> segments by KTS -> scores -> the segments of greatest mean score that fit into
-15 % of the video (exact knapsack). Scores: DR-DSN trained on this very video, without labels; or `uniform`, the control
-that looks at nothing: blocks of two seconds at equal distances.
+A run's embeddings of each second -> segments by KTS -> scores -> the segments that hold most score above the video's
+least and fit into 15 % of it (exact knapsack). Scores: DR-DSN trained on this very video, without labels; or
+`uniform`, the control that looks at nothing: blocks of two seconds at equal distances.
 
 Declared: one feature for each second (the literature takes two); towers are brought to unit length and joined; the
 video's mean is taken off the features and their mean square brought to 1, for a run's vectors of one scene may differ
 by little; at most one border for every two seconds; a segment longer than 5 s or than half the summary is cut into
 equal parts, or nothing could be chosen in a short video and one long block in a calm one; DR-DSN's learning rate and
-epochs are for one video, not for a set of them. Writing the summary is `excerpt.py`, drawing it `strips.py`.
+epochs are for one video, not for a set of them. The literature, and `bench summarize`, value a segment by its mean
+score, whatever its length: the scores of one video lie so close together that then the shortest segments are chosen,
+whatever they show (measured: docs/results.md, section 11). Here a segment is worth the sum over its frames.
+Writing the summary is `excerpt.py`, drawing it `strips.py`.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ from avstore.errors import NotFoundError, UsageError, did_you_mean
 from benchmarks import dr_dsn
 from benchmarks.kts import change_points, segments_of
 from benchmarks.summarize import uniform_summary
-from benchmarks.summary import frame_scores, summary_of
+from benchmarks.summary import frame_scores, knapsack
 
 if TYPE_CHECKING:
     from avstore.store import Store
@@ -169,7 +172,7 @@ def choose(
         segments = _segments(x, n, fps, max(1, min(int(share * n) // 2, LONGEST * fps)))
         net, history = dr_dsn.train({"video": x}, config)
         scores = dr_dsn.scores(net, x, config.normalise)
-        keep = summary_of(frame_scores(scores, np.arange(len(x)) * fps, n), segments, share)
+        keep = _kept(frame_scores(scores, np.arange(len(x)) * fps, n), segments, int(share * n))
         told = (
             f"DR-DSN trained on this video alone ({config.epochs} epochs, seed {config.seed}; reward "
             f"{_mean(history[:10]):.3f} -> {_mean(history[-10:]):.3f}) on the {seen} features of {name}"
@@ -178,6 +181,19 @@ def choose(
     edges = np.flatnonzero(np.diff(np.concatenate([[False], keep, [False]])))
     intervals = [(Fraction(int(a), fps), Fraction(int(b), fps)) for a, b in edges.reshape(-1, 2)]
     return VideoSummary(name, told, seconds, scores, np.add(segments, (0, 1)) / fps, chosen, intervals)
+
+
+def _kept(scores: NDArray[np.float64], segments: NDArray[np.int64], room: int) -> NDArray[np.bool_]:
+    """bool (frames,): the segments of greatest total score above the least that fit into `room` frames; of equal scores
+    the first ones that fill it best."""
+    spread = float(np.ptp(scores))
+    worth = (scores - scores.min()) / spread if spread > 1e-9 else np.ones_like(scores)
+    total = np.concatenate([[0.0], np.cumsum(worth)])
+    chosen = knapsack(total[segments[:, 1] + 1] - total[segments[:, 0]], segments[:, 1] - segments[:, 0] + 1, room)
+    out = np.zeros(len(scores), np.bool_)
+    for first, last in segments[chosen]:
+        out[first : last + 1] = True
+    return out
 
 
 def centred(features: NDArray[np.floating]) -> NDArray[np.float64]:

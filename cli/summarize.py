@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from avstore.errors import ConflictError, NotFoundError, UsageError, did_you_mean
+from avstore.errors import AvstoreError, ConflictError, NotFoundError, UsageError, did_you_mean
 from cli import console
 from cli.choose import open_store
 from cli.store import Json
@@ -100,6 +100,12 @@ def summarize(
 
 
 def _store_of(given: Path | None, run: Any) -> Any:
-    """The store named, else the one that the run was trained on, where it still is."""
+    """The store named, else the one that the run was trained on, where it still is, else as every command chooses."""
     own = Path(run.snapshot.store)
-    return open_store(given if given is not None else own if (own / "zarr.json").is_file() else None)
+    if given is not None or (own / "zarr.json").is_file():
+        return open_store(own if given is None else given)
+    try:
+        return open_store(None)
+    except AvstoreError as e:
+        why = f"frame size and rates are a store's, and {run.name}'s own is not at {own}; {e.what}"
+        raise NotFoundError("no store is named", why, "--store STORE: the run's, or another of its frame size") from e

@@ -12,6 +12,7 @@ import pytest
 from tiny_run import config, store_in
 
 from avstore.errors import ConflictError, UsageError
+from benchmarks import dr_dsn
 from benchmarks.excerpt import stills, write_excerpt
 from benchmarks.strips import LETTERS, clock, curves, moments, sheet, write_text
 from benchmarks.video_summary import centred, choose, with_seed
@@ -86,7 +87,9 @@ def test_the_file_holds_these_moments_with_their_sound(film: Path, tmp_path: Pat
     assert sorted(p.name for p in tmp_path.iterdir()) == ["no.mp4", "out.mp4"]
 
 
-def test_on_the_command_line(film: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_on_the_command_line(
+    film: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two runs, one of them as the control would have it: films, curves, strips; nothing is replaced unasked."""
     from trainers.loop import train
 
@@ -113,6 +116,12 @@ def test_on_the_command_line(film: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert invoke([*base, "--run", runs[0], "--tower", "vidoe", "--force"]) == 4
     assert "did you mean video" in capsys.readouterr().err
     assert invoke(["summarize", str(tmp_path / "none.mp4"), "--run", runs[0], "-o", str(tmp_path / "x.mp4")]) == 4
+    store.path.rename(tmp_path / "moved")  # the run's own store is not where it was
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    assert invoke(["summarize", str(film), "--run", runs[0], "-o", "x.mp4"]) == 4
+    told = capsys.readouterr().err
+    assert f"own is not at {store.path}" in told and "next: --store STORE" in told
 
 
 def test_stills_are_what_is_shown_then(film: Path) -> None:
@@ -141,6 +150,22 @@ def test_segments_end_where_scenes_do() -> None:
     assert (got.segments[:, 1] - got.segments[:, 0]).max() <= 0.15 * 12 / 2
     again = choose("mine", scenes(4, 3, 5), F(12), 8, config=FAST)
     assert (got.scores == again.scores).all()
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3])
+def test_scores_choose_and_not_the_lengths_of_segments(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By their means the one-second scenes would be chosen, three of them for the price of the best scene; scores that
+    differ by little choose as those that differ by much."""
+    x = scenes(6, 1, 6, 3, 6, 1, 6, 1)
+    scores = np.full(30, 0.45)
+    scores[13:16] += 0.5 * scale
+    scores[[6, 22, 29]] += 0.1 * scale
+    monkeypatch.setattr(dr_dsn, "train", lambda *a: (None, [{"reward": 0.0}]))
+    monkeypatch.setattr(dr_dsn, "scores", lambda *a: scores)
+    got = choose("mine", x, F(30), 8)
+    assert (F(13), F(16)) in got.intervals and F(4) <= got.kept <= F(9, 2)
+    scores = np.full(30, 0.45)  # nothing to choose by: full, all the same
+    assert F(4) <= choose("mine", x, F(30), 8).kept <= F(9, 2)
 
 
 def test_small_differences_are_brought_to_one_scale() -> None:
