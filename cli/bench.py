@@ -113,7 +113,12 @@ def retrieval(
         names, folders = list(found), {name: r.path for name, r in found.items()}
     else:
         names = [choose_run(opened, r) for r in run] if run else [choose_run(opened, None)]
-        folders = {name: Path(r) if "/" in r else Path("runs") / r for name, r in zip(names, run or names, strict=True)}
+        from benchmarks.lineage import maker
+
+        folders = {}
+        for name, r in zip(names, run or names, strict=True):
+            made = maker(opened, name, r)
+            folders[name] = made.path if made is not None else Path(r) if "/" in r else Path("runs") / r
     levels = tuple(lv for lv, on in zip(LEVELS, (class_level, instance_level), strict=True) if on) or LEVELS
     with console.Progress("retrieval", "steps") as progress:
         table = measure(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from avstore.errors import NotFoundError, UsageError
+from avstore.errors import ConflictError, NotFoundError, UsageError
 from cli import console
 from cli.choose import open_store, selection
 from cli.store import Json, StoreArgument
@@ -131,10 +131,19 @@ def _vectors(
         raise NotFoundError(
             f"there is no file {path}", "a query is a media file, or the number of a video", "avstore ls lists numbers"
         )
+    from benchmarks.lineage import maker, step_of
     from trainers.embed import embed_file
     from trainers.run import find_run
 
-    found = embed_file(find_run(run or name), store, path)
+    made = maker(store, name, run)
+    if made is None:
+        made = find_run(run or name)  # says that there is none, or which configuration is another
+        raise ConflictError(
+            f"the embeddings {name} were not made by {made.path}",
+            "a query must come from the same networks",
+            f"name their run with --run, or avstore embed {made.path} {store.path} --name {name} --replace",
+        )
+    found = embed_file(made, store, path, which=step_of(store, name, made))
     if modality not in found:
         raise UsageError(f"{path} has no {'picture' if modality == 'video' else 'sound'}", f"--{modality} asks by it")
     return found[modality], np.arange(len(found[modality])), None
