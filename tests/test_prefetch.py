@@ -5,12 +5,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tiny_run import config, store_in
 
 from avstore.errors import CorruptError
+from trainers import trainer
+from trainers.loop import train
+from trainers.metrics import read_metrics
 from trainers.prefetch import Ahead, ahead, device_wait, look_ahead, tensors_of
 
 
@@ -182,6 +187,25 @@ def test_events_are_used_again_and_their_number_stays_small() -> None:
     cuda.run()
     assert fed.waited() == (pytest.approx(0.1), 50) and fed.waited() == (0.0, 0)
     assert not any("cpu waits" in line for line in cuda.log)
+
+
+def test_the_devices_wait_is_on_the_lines_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = Cuda()
+    cuda.wait = 2.0  # milliseconds, for each batch
+
+    class Working(Ahead):
+        def __next__(self) -> Any:
+            fed = super().__next__()
+            cuda.run()
+            return fed
+
+    store, cfg = store_in(tmp_path), config("epochs=2", "batch=4", "accumulate=2")
+    plain = read_metrics(train("avid", store, cfg, tmp_path / "cpu").run.path / "metrics.jsonl")
+    assert plain and not any("device_wait_s" in line for line in plain)
+    monkeypatch.setattr(trainer, "ahead", lambda feed, device: Working(feed, cuda.side, lambda: True, cuda))
+    lines = read_metrics(train("avid", store, cfg, tmp_path / "run").run.path / "metrics.jsonl")
+    assert [x["device_wait_s"] for x in lines] == [pytest.approx(0.004)] * len(plain)  # two batches a step
+    assert [x["loss"] for x in lines] == [x["loss"] for x in plain]  # a batch ahead, and the same
 
 
 def test_a_plain_feed_has_no_wait_of_a_device() -> None:
