@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from avstore.store import Store
     from trainers.run import Run
 
+OF_MATCH, OF_CLASS = "conv4x", "conv5x"  # blocks whose maps are drawn: of sight and sound's match, of a class
 Progress = Callable[[str, int, int], None]
 
 
@@ -69,7 +70,7 @@ def explain(
     second: int | None = None,
     count: int = 4,
     points: int = 200,
-    block: str = "conv4x",
+    block: str | None = None,
     form: str = "grad-cam",
     how: str = "pca",
     which: str | int = "latest",
@@ -79,7 +80,8 @@ def explain(
     progress: Progress = lambda stage, done, total: None,
 ) -> Written:
     """Writes the folder. numbers: the selection; videos: those whose maps are drawn (default: `count` of the selection,
-    class by class); second: of each (default: its middle); points: videos in the map of features, 0 for none.
+    class by class); second: of each (default: its middle); points: videos in the map of features, 0 for none; block:
+    whose maps (default: conv4x, of heads conv5x).
 
     heads: fine-tuned networks (`head.py`) whose class activation maps are drawn, of `of_class` or each video's own
     class; their runs are those noted in the files, or the one of the same name among `runs`. With heads alone there are
@@ -109,7 +111,7 @@ def explain(
     found: list[list[Saliency]] = []
     for i, run in enumerate(runs):
         progress("saliency", i, len(runs))
-        found.append(saliency(run, store, pairs, block=block, form=form, which=which, device=device))
+        found.append(saliency(run, store, pairs, block=block or OF_MATCH, form=form, which=which, device=device))
     figures = []
     for of_runs in zip(*found, strict=True) if pairs else ():
         data = png(saliency_picture(of_runs))
@@ -118,10 +120,10 @@ def explain(
         files.append(file)
         figures.append(page.picture(uri(data, "image/png"), _caption(store, of_runs, label)))
     if figures:
-        note = _told(block, form, [r.name for r in runs])
+        note = _told(block or OF_MATCH, form, [r.name for r in runs])
         parts.append(page.section("Saliency", f'<div class="pictures">{"".join(figures)}</div>', note))
     if tuned and pairs:
-        parts.append(_classes(folder, store, tuned, pairs, of_class, form, device, label, files))
+        parts.append(_classes(folder, store, tuned, pairs, of_class, block or OF_CLASS, form, device, label, files))
     maps: list[FeatureMap] = []
     if points:
         some = np.sort(both[draw(labels, points, seed)])
@@ -159,6 +161,7 @@ def _classes(
     tuned: Sequence[tuple[Classifier, Head, Run]],
     pairs: Sequence[tuple[int, int]],
     name: str | None,
+    block: str,
     form: str,
     device: str,
     label: str,
@@ -166,7 +169,7 @@ def _classes(
 ) -> str:
     """The section of class activation maps; its pictures go into `folder` and `files`."""
     found = [
-        class_saliency(net, about, run, store, pairs, name=name, form=form, device=device)
+        class_saliency(net, about, run, store, pairs, name=name, block=block, form=form, device=device)
         for net, about, run in tuned
     ]
     figures = []
@@ -182,7 +185,7 @@ def _classes(
     whom = name if name is not None else "the video's own class"
     note = (
         f"Class activation maps of fine-tuned networks: {whose}. Gradient of the score of "
-        f"{whom} with respect to conv5x, times its activation ({form}): "
+        f"{whom} with respect to {block}, times its activation ({form}): "
         "bright where it speaks for the class. Two lines of each: what the network got, and the map on it."
     )
     return page.section("Class activation", f'<div class="pictures">{"".join(figures)}</div>', note)
@@ -195,7 +198,7 @@ def saliency_section(
     count: int,
     budget: Budget,
     *,
-    block: str = "conv4x",
+    block: str = OF_MATCH,
     form: str = "grad-cam",
     label: str = "label",
     seed: int = 0,

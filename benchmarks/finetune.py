@@ -309,9 +309,9 @@ def bench(
         f"preset {recipe.preset}: {recipe.optimiser} {recipe.rate:g}"
         f"{''.join(f', {r:g} on {n}' for n, r in rates.items())}, {recipe.warm_up} epochs of the classifier alone, "
         f"then {recipe.epochs} of everything, rate x {recipe.decay:g} after {_list(recipe.milestones)}; batch "
-        f"{recipe.batch}, {recipe.draws} training clips of each video in an epoch, {recipe.frames} frames at "
-        f"{recipe.fps} fps{f', {recipe.size} pixels' if recipe.size else ''}; softmax averaged over {recipe.clips} "
-        f"centre-cropped clips; clip top-1: of {f'{recipe.alone} clips' if recipe.alone else 'the same clips'}",
+        f"{recipe.batch}, {recipe.draws} training clips of each video in an epoch{_pictures(recipe)}; softmax averaged "
+        f"over {recipe.clips} {'centre-cropped ' if 'v' in recipe.modality else ''}clips; clip top-1: of "
+        f"{f'{recipe.alone} clips' if recipe.alone else 'the same clips'}",
         *([f"from scratch: the same networks and schedule from random weights, everything trained in all "
            f"{recipe.warm_up + recipe.epochs} epochs"] if scratch else []),
         *seen,
@@ -347,6 +347,13 @@ def _compared(found: Mapping[str, Mapping[tuple[str, int], Sequence[Tuned]]]) ->
         return []
     told = f"no paired test: one part and one seed make one pair, and what is kept of {', '.join(silent)} does not say "
     return [f"{told}which videos were right; --seeds 3 or --folds 5 makes pairs, another --work a test over videos"]
+
+
+def _pictures(recipe: Recipe) -> str:
+    """What a clip's pictures are, for the notes; "" of sound alone."""
+    if "v" not in recipe.modality:
+        return ""
+    return f", {recipe.frames} frames at {recipe.fps} fps{f', {recipe.size} pixels' if recipe.size else ''}"
 
 
 def _row(

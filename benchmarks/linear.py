@@ -88,6 +88,8 @@ class Asked:
             raise UsageError("--classifier adam of sight and sound together", "it learns one map", "--modality a or v")
         if self.named != "adam":
             wrong = [o for o, on in (("--repeats", self.repeats > 1), ("--train-mode", self.train_mode),
+                                     ("--epochs", self.epochs is not None), ("--rate", self.rate is not None),
+                                     ("--schedule", self.schedule != "kinetics"),
                                      ("--block", bool(set(self.only) - set(POOLED)))) if on]  # fmt: skip
             if wrong:
                 raise UsageError(f"{wrong[0]} with {self.named}", "it belongs to the layer that Adam trains",

@@ -105,6 +105,10 @@ def make_recipe(preset: str = "ucf", modality: str = "v", frames: int | None = N
     """
     if preset not in PRESETS:
         raise UsageError(f"no preset {preset!r}", did_you_mean(preset, PRESETS), f"one of {', '.join(PRESETS)}")
+    of_pictures = {"--frames": frames, "--size": given.get("size"), "--fps": given.get("fps")}
+    wrong = [option for option, value in of_pictures.items() if value is not None]
+    if wrong and modality == "a":
+        raise UsageError(f"{wrong[0]} of sound", "it is of a clip of pictures", "leave it away, or --modality v or av")
     base = PRESETS[preset]
     frames = base.frames if frames is None else frames
     changes: dict[str, Any] = {"modality": modality, "frames": frames}

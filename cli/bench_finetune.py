@@ -24,6 +24,7 @@ from cli.bench_probe import (
     Subset,
     SubsetSeed,
     Where,
+    require_one_question,
 )
 from cli.choose import open_store, selection
 from cli.store import Json, StoreArgument
@@ -114,6 +115,7 @@ def finetune(
             part = ""
         if not part or not 0 < rates[part] < float("inf"):
             raise UsageError(f"--fold-rate {given}", "a part and a rate above 0", "--fold-rate split1=0.0005")
+    require_one_question(all_checkpoints, checkpoint)
     if best_epoch and select not in (None, "best"):
         raise UsageError(f"--best-epoch with --select {select}", "each of them says which epoch counts", "give one")
     recipe = make_recipe(

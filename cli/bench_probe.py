@@ -173,6 +173,14 @@ def knn(
          split_columns=split or (), **selection(where, list_, subset, seed))  # fmt: skip
 
 
+def require_one_question(every: bool, checkpoint: str) -> None:
+    """UsageError where --all-checkpoints and a step of --checkpoint are both given."""
+    from avstore.errors import UsageError
+
+    if every and checkpoint != "latest":
+        raise UsageError(f"--checkpoint {checkpoint} with --all-checkpoints", "one, or all", "leave one away")
+
+
 def _run(
     bench: Any,
     asked: dict[str, Any],
@@ -188,6 +196,7 @@ def _run(
     curve: Path | None = asked["curve"]
     if curve is not None and not every:
         raise UsageError("--curve without --all-checkpoints", "a curve is drawn over checkpoints", "--all-checkpoints")
+    require_one_question(every, checkpoint)
     opened = open_store(asked["store"])
     if not names:
         raise UsageError("no run is named", "a probe is of a run's networks", "--run runs/avid-cma; repeatable")

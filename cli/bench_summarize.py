@@ -9,7 +9,7 @@ import typer
 
 from cli import console
 from cli.bench import by_name, number
-from cli.bench_probe import AllCheckpoints, Checkpoint, CurveFile, Device, Work
+from cli.bench_probe import AllCheckpoints, Checkpoint, CurveFile, Device, Work, require_one_question
 from cli.choose import open_store
 from cli.store import Json
 
@@ -65,6 +65,7 @@ def summarize(
                          "--run runs/temporal --store STORE, or --features FILE.h5")  # fmt: skip
     if curve is not None and not all_checkpoints:
         raise UsageError("--curve without --all-checkpoints", "a curve is drawn over checkpoints", "--all-checkpoints")
+    require_one_question(all_checkpoints, checkpoint)
     known, kept, places = read(annotations), Kept(work), dict[str, dict[str, Any]]()
     given = {}
     for path in features or []:

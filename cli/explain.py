@@ -29,7 +29,10 @@ def explain(
     video: Annotated[list[int] | None, typer.Option(metavar="NUMBER", help="A video to map, repeatable.")] = None,
     second: Annotated[int | None, typer.Option(help="Of each. Default: its middle.")] = None,
     count: Annotated[int, typer.Option(help="Videos to map where none is named.")] = 4,
-    block: Annotated[str, typer.Option(help="conv2x ... conv5x: later ones are coarser.")] = "conv4x",
+    block: Annotated[
+        str | None,
+        typer.Option(help="conv2x ... conv5x: later ones are coarser. Default: conv4x, of --head conv5x."),
+    ] = None,
     form: Annotated[str, typer.Option(help="grad-cam, or product: place by place.")] = "grad-cam",
     projection: Annotated[str, typer.Option(help="pca, tsne or umap.")] = "pca",
     points: Annotated[int, typer.Option(help="Videos in the map of features; 0: none.")] = 200,

@@ -50,6 +50,9 @@ def export(
         raise UsageError(f"no layout {layout!r}", did_you_mean(layout, LAYOUTS))
     if layout != "eccv16" and annotations is not None:
         raise UsageError("--annotations belongs to --layout eccv16", "", "--layout eccv16")
+    if layout != "eccv16" and tower:
+        raise UsageError("--tower belongs to --layout eccv16", "the layout embeddings holds every tower of a run",
+                         "--layout eccv16, or leave it away")  # fmt: skip
     if layout == "eccv16" and run and len(run) > 1:
         raise UsageError(f"{len(run)} runs in one eccv16 file", "it holds one row of features for each pick", "one run")
     from benchmarks import export as bench

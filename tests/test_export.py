@@ -266,5 +266,6 @@ def test_on_the_command_line(store: Store, tmp_path: Path, capsys: pytest.Captur
     assert invoke([*command, "--force", "--run", "none"]) == 4
     assert invoke(["export", str(store.path), str(tmp_path / "x.h5"), "--layout", "zarr"]) == 2
     assert invoke(["export", str(store.path), str(tmp_path / "x.h5"), "--annotations", str(people)]) == 2
+    assert invoke(["export", str(store.path), str(tmp_path / "x.h5"), "--tower", "audio"]) == 2
     assert invoke(["export", str(store.path), str(tmp_path / "x.h5"), "--where", "label=owl"]) != 0
     assert not (tmp_path / "x.h5").exists()

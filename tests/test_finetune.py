@@ -63,6 +63,11 @@ def test_recipes_are_the_published_ones():
     assert (long.batch, long.rate, long.decay, long.milestones) == (32, 1e-4, 0.3, (8, 12, 16))
     assert make_recipe("crisscross-ucf", frames=32, epochs=10).milestones == (4, 6, 8)
     assert make_recipe("crisscross-ucf", size=112).size == 112
+    for wrong in ({"frames": 32}, {"size": 64}, {"fps": 8}):
+        with pytest.raises(UsageError, match="of sound"):
+            make_recipe("ucf", "a", **wrong)
+    assert finetune._pictures(make_recipe("ucf", "a")) == ""
+    assert finetune._pictures(make_recipe("ucf", "av", 4, size=64)) == ", 4 frames at 16 fps, 64 pixels"
     for wrong in ({"preset": "ufc"}, {"size": -1}, {"pool": "sum"}, {"blur": 1.5},
                   {"epochs": 0}, {"rate": 0.0}, {"milestones": (3, 2)}, {"modality": "x"},
                   {"fps": 0}, {"dropout": 1.0}, {"select": "first"}):  # fmt: skip

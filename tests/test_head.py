@@ -134,3 +134,10 @@ def test_the_command_draws_them(folder: Path, tmp_path: Path, capsys: pytest.Cap
     assert "Class activation" in text and "the video&#x27;s own class" in text and text.count("data:image/png") == 2
     assert invoke(["explain", store, "--class", "cat", "--run", str(folder / "runs" / "mine"), "-o", str(out)]) == 2
     assert "without a classifier" in capsys.readouterr().err
+    assert "with respect to conv5x" in text
+    drawn = ["explain", store, "--head", str(file), "--count", "1"]
+    assert invoke([*drawn, "--block", "conv2x", "-o", str(tmp_path / "early")]) == 0
+    assert "with respect to conv2x" in (tmp_path / "early" / "explain.html").read_text()
+    assert invoke([*drawn, "-o", str(tmp_path / "late")]) == 0
+    (early,), (late,) = ((tmp_path / n).glob("class-*.png") for n in ("early", "late"))
+    assert early.read_bytes() != late.read_bytes()

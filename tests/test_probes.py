@@ -307,6 +307,13 @@ def test_what_cannot_be_probed_is_told(trained, capsys):
         (["bench", "linear", "--run", str(run.path), "--modality", "a", "--train-mode", path], "--train-mode of sound"),
         (["bench", "linear", "--run", str(run.path), "--classifier", "svm", "--repeats", "2", path], "--repeats with"),
         (["bench", "linear", "--run", str(run.path), "--modality", "av", "--classifier", "adam", path], "next: --mod"),
+        (["bench", "linear", "--run", str(run.path), "--modality", "av", "--epochs", "9", path], "--epochs with logis"),
+        (["bench", "linear", "--run", str(run.path), "--classifier", "svm", "--rate", "0.1", path], "--rate with svm"),
+        (["bench", "linear", "--run", str(run.path), "--modality", "av", "--schedule", "ablation", path], "--schedule"),
+        (["bench", "svm", "--run", str(run.path), "--checkpoint", "2", "--all-checkpoints", path], "leave one away"),
+        (["bench", "finetune", "--run", str(run.path), "--checkpoint", "2", "--all-checkpoints", path], "one, or all"),
+        (["bench", "finetune", "--run", str(run.path), "--modality", "a", "--frames", "32", path], "--frames of sound"),
+        (["bench", "finetune", "--run", str(run.path), "--modality", "a", "--fps", "8", path], "--fps of sound"),
         (["bench", "knn", "--run", str(run.path), "--folds", "2", "--checkpoint", "777", path], "next: --checkpoint"),
         (["bench", "knn", "--run", str(run.path), "--where", "split=train", path], "no train and test split"),
     ):

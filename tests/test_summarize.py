@@ -399,6 +399,7 @@ def test_checkpoints_are_drawn_and_kept_trainings_are_not_done_again(filmed, tmp
     assert one["values"] == mine[0]["values"]
     for words, told in ((["--all-checkpoints"], "without --run"), (["--curve", "x.svg"], "without --run"),
                         (["--run", str(run.path), "--curve", "x.svg"], "--curve without"),
+                        (["--run", str(run.path), "--all-checkpoints", "--checkpoint", "2"], "leave one away"),
                         (["--run", str(run.path), "--checkpoint", "77"], "77")):  # fmt: skip
         assert invoke([*base, *words]) in (2, 4), words
         assert told in capsys.readouterr().err
