@@ -38,7 +38,7 @@ from benchmarks.explain import (
 from benchmarks.head import Head, class_saliency, read_head
 from benchmarks.sheet import draw
 from benchmarks.table import Table
-from benchmarks.tuning import Classifier
+from benchmarks.tuning import Classifier, needs_for
 
 if TYPE_CHECKING:
     from torch import nn
@@ -81,7 +81,8 @@ def explain(
 ) -> Written:
     """Writes the folder. numbers: the selection; videos: those whose maps are drawn (default: `count` of the selection,
     class by class); second: of each (default: its middle); points: videos in the map of features, 0 for none; block:
-    whose maps (default: conv4x, of heads conv5x).
+    whose maps (default: conv4x, of heads conv5x). Videos are drawn that have what is needed: picture and sound for
+    runs; for heads alone, what these take.
 
     heads: fine-tuned networks (`head.py`) whose class activation maps are drawn, of `of_class` or each video's own
     class; their runs are those noted in the files, or the one of the same name among `runs`. With heads alone there are
@@ -99,11 +100,14 @@ def explain(
         raise UsageError(f"--count {count} --points {points}", "0 or more")
     if points:
         require_parquet()
-    both = numbers[store.has_picture[numbers] & store.has_sound[numbers]]
-    if not len(both):
-        raise NotFoundError(f"no video of the selection in {store.path} has picture and sound", "", "widen --where")
-    labels = _labels(store, both, label)
-    chosen = [store[v].number for v in videos] or [int(both[i]) for i in draw(labels, count, seed).tolist()]
+    needs = [needs_for(run, store, about.recipe) for _, about, run in tuned]
+    picture, sound = bool(runs) or any(n.picture for n in needs), bool(runs) or any(n.sound for n in needs)
+    able = numbers[(store.has_picture[numbers] | (not picture)) & (store.has_sound[numbers] | (not sound))]
+    if not len(able) and (points or not videos):
+        what = " and ".join(word for word, on in (("picture", picture), ("sound", sound)) if on)
+        raise NotFoundError(f"no video of the selection in {store.path} has {what}", "", "widen --where")
+    labels = _labels(store, able, label)
+    chosen = [store[v].number for v in videos] or [int(able[i]) for i in draw(labels, count, seed).tolist()]
     pairs = [(n, int(float(store.seconds(n)) / 2) if second is None else second) for n in chosen]
     with machine_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -126,7 +130,7 @@ def explain(
         parts.append(_classes(folder, store, tuned, pairs, of_class, block or OF_CLASS, form, device, label, files))
     maps: list[FeatureMap] = []
     if points:
-        some = np.sort(both[draw(labels, points, seed)])
+        some = np.sort(able[draw(labels, points, seed)])
         for i, run in enumerate(runs):
             progress("feature maps", i, len(runs))
             maps.append(feature_map(run, store, some, how=how, seed=seed, which=which, device=device))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import tiny_run
+import tiny_store
 import torch
 from torch.nn import functional as F
 
@@ -15,6 +16,7 @@ import avstore
 from avstore.errors import ConflictError, CorruptError, NotFoundError, UsageError
 from avstore.sampler import SequentialOrder
 from benchmarks import blocks, finetune, probing
+from benchmarks.explain_page import explain
 from benchmarks.head import Head, attend_class, class_saliency, read_head, write_head
 from benchmarks.recipe import make_recipe
 from benchmarks.tuning import Classifier, clips, needs_for
@@ -141,3 +143,23 @@ def test_the_command_draws_them(folder: Path, tmp_path: Path, capsys: pytest.Cap
     assert invoke([*drawn, "-o", str(tmp_path / "late")]) == 0
     (early,), (late,) = ((tmp_path / n).glob("class-*.png") for n in ("early", "late"))
     assert early.read_bytes() != late.read_bytes()
+
+
+@pytest.mark.parametrize("modality", ["v", "a"])
+def test_a_head_of_one_sense_needs_no_other(folder: Path, tmp_path: Path, modality: str) -> None:
+    """Silent videos for a network of sight, sound alone for one of sound."""
+    store, run = avstore.open(folder / "tiny.zarr"), Run(folder / "runs" / "mine")
+    recipe = dataclasses.replace(RECIPE, modality=modality, hidden=0, dropout=0.0)
+    net = Classifier(blocks.with_weights(run, "latest"), 2, recipe, 0)
+    write_head(tmp_path / "h.safetensors", net, Head(str(run.path), ["a", "b"], recipe, 0, "x", store.fingerprint, "label"))
+    lacking = {"sound": None} if modality == "v" else {"picture": False}
+    videos = [tiny_store.Tiny(2.0, key=f"{i}.mp4", label="ab"[i % 2], **lacking) for i in range(4)]
+    made = tiny_store.make_store(tmp_path / "one.zarr", videos, tiny_store.default_spec(sample_rate=24000))
+    out = tmp_path / "out"
+    assert invoke(["explain", str(made), "--head", str(tmp_path / "h.safetensors"), "--count", "2", "-o", str(out)]) == 0
+    assert len(list(out.glob("class-*.png"))) == 2
+    named = ["--video", "3", "--where", "label=a"]
+    assert invoke(["explain", str(made), "--head", str(tmp_path / "h.safetensors"), *named, "-o", str(out)]) == 0
+    assert (out / "class-000003.png").is_file()
+    with pytest.raises(NotFoundError, match="has picture and sound"):
+        explain(avstore.open(made), [run], out, numbers=avstore.open(made).numbers)
