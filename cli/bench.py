@@ -13,6 +13,7 @@ from cli.choose import open_store, selection
 from cli.store import Json, StoreArgument
 
 if TYPE_CHECKING:
+    from benchmarks.table import Table
     from trainers.run import Run
 
 
@@ -145,10 +146,6 @@ def retrieval(
             progress=progress.show,
             **selection(where, list_, subset, seed),
         )
-    if all_checkpoints:
-        from benchmarks.curve import draw
-
-        say_drawn(draw(table, "R@1", curve or Path("retrieval-checkpoints.svg")))
     archive.keep(opened, table, "retrieval", [Path(name).name for name in names], asked)
     if html is not None:
         from avstore.durable import write_atomic
@@ -164,6 +161,8 @@ def retrieval(
         write_atomic(html, text.encode())
         console.say(f"wrote {html} ({console.size(html.stat().st_size)}): open it in a browser")
     console.result(table, json, markdown)
+    if all_checkpoints:
+        draw_curve(table, "R@1", curve or Path("retrieval-checkpoints.svg"))
 
 
 def by_name(runs: Sequence[Run]) -> dict[str, Run]:
@@ -177,7 +176,15 @@ def number(checkpoint: str) -> str | int:
     return int(checkpoint) if checkpoint.isdigit() else checkpoint
 
 
-def say_drawn(file: Path) -> None:
+def draw_curve(table: Table, value: str, file: Path) -> None:
+    """The drawing of --all-checkpoints, when the table is kept and printed: one checkpoint makes no curve, and a line
+    says so."""
+    from benchmarks.curve import draw
+
+    if len({row["step"] for row in table.rows if row.get("step") is not None}) < 2:
+        console.warn("one checkpoint is kept: there is no curve to draw (train with keep_every)")
+        return
+    draw(table, value, file)
     console.say(f"wrote {file} ({console.size(file.stat().st_size)})")
 
 

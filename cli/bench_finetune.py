@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from cli import archive, console
+from cli.bench import draw_curve
 from cli.bench_probe import (
     AllCheckpoints,
     Checkpoint,
@@ -100,7 +101,7 @@ def finetune(
     asked = dict(locals())
     from avstore.errors import UsageError
     from benchmarks import finetune as bench
-    from benchmarks.curve import common_steps, draw
+    from benchmarks.curve import common_steps
     from benchmarks.recipe import make_recipe
     from trainers.run import find_run
 
@@ -139,10 +140,7 @@ def finetune(
             fold_column=fold_column, fold_count=folds, fold_seed=fold_seed, split_columns=split or (),
             **selection(where, list_, subset, seed),
         )  # fmt: skip
-    if len(which) > 1:
-        file = draw(table, "top-1", curve or Path("finetune-checkpoints.svg"))
-        console.say(f"wrote {file} ({console.size(file.stat().st_size)})")
-    elif all_checkpoints:
-        console.warn("one checkpoint is kept: there is no curve to draw (train with keep_every)")
     archive.keep(opened, table, "finetune", [r.name for r in runs], asked)
     console.result(table, json, markdown)
+    if all_checkpoints:
+        draw_curve(table, "top-1", curve or Path("finetune-checkpoints.svg"))

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from cli import archive, console
+from cli.bench import draw_curve
 from cli.choose import open_store, selection
 from cli.store import Json, StoreArgument
 
@@ -208,10 +209,7 @@ def _run(
         else:
             which = int(checkpoint) if checkpoint.isdigit() else checkpoint
             table = bench(opened, runs, checkpoint=which, progress=progress.show, **options)
-    if every:
-        from benchmarks.curve import draw
-
-        file = draw(table, "top-1", curve or Path(f"{name}-checkpoints.svg"))
-        console.say(f"wrote {file} ({console.size(file.stat().st_size)})")
     archive.keep(opened, table, name, [r.name for r in runs], asked)
     console.result(table, asked["json"], asked["markdown"])
+    if every:
+        draw_curve(table, "top-1", curve or Path(f"{name}-checkpoints.svg"))

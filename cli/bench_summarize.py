@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cli import console
-from cli.bench import by_name, number
+from cli.bench import by_name, draw_curve, number
 from cli.bench_probe import AllCheckpoints, Checkpoint, CurveFile, Device, Work, require_one_question
 from cli.choose import open_store
 from cli.store import Json
@@ -101,12 +101,9 @@ def summarize(
             kept=kept,
             progress=progress.show,
         )
-    if all_checkpoints:
-        from benchmarks.curve import draw
-
-        file = draw(table, "F", curve or Path("summarize-checkpoints.svg"))
-        console.say(f"wrote {file} ({console.size(file.stat().st_size)})")
     console.result(table, json, markdown)
+    if all_checkpoints:
+        draw_curve(table, "F", curve or Path("summarize-checkpoints.svg"))
 
 
 def _of_runs(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cli import archive, console
-from cli.bench import by_name
+from cli.bench import by_name, draw_curve
 from cli.bench_probe import AllCheckpoints, CurveFile, Device, FoldColumn, SplitColumns, Work
 from cli.choose import open_store, selection
 from cli.store import Json, StoreArgument
@@ -113,11 +113,6 @@ def untrimmed(
             progress=progress.show,
             **selection(where, list_, None, 0),
         )
-    if all_checkpoints:
-        from benchmarks.curve import draw
-
-        file = draw(table, "top-1", curve or Path("untrimmed-checkpoints.svg"))
-        console.say(f"wrote {file} ({console.size(file.stat().st_size)})")
     archive.keep(opened, table, "untrimmed", [Path(name).name for name in names], asked)
     shown = _looks(opened, keep, look or [], max(budget or [5])) if keep is not None else []
     if json:
@@ -126,6 +121,8 @@ def untrimmed(
         console.data(table.to_markdown().rstrip())
     else:
         console.table(table)
+    if all_checkpoints:
+        draw_curve(table, "top-1", curve or Path("untrimmed-checkpoints.svg"))
     if shown and not json:
         _print(shown)
     if keep is not None:

@@ -72,6 +72,22 @@ def test_steps_that_runs_share(trained):
     ["untrimmed", "--budget", "1", "--epochs", "1", "--folds", "2", "--random-draws", "1"],
     ["retrieval", "--class", "--no-raw", "--folds", "2"],
 ])  # fmt: skip
+def test_of_one_checkpoint_the_table_is_kept_and_printed(trained, bench, tmp_path, capsys):
+    store, _ = trained
+    alone = train("avid", store, config("steps=2"), tmp_path / "runs" / f"alone-{bench[0]}").run
+    out, asked = tmp_path / "c.svg", ["--run", str(alone.path), "--all-checkpoints", "--json"]
+    assert invoke(["bench", bench[0], str(store.path), *bench[1:], *asked, "--curve", str(out)]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["rows"] and "no curve to draw" in said.err and not out.exists()
+    (kept,) = archived(store, [alone.name])
+    assert json.loads(kept.read_text())["rows"] == json.loads(said.out)["rows"]
+
+
+@pytest.mark.parametrize("bench", [
+    ["knn", "--k", "1", "--folds", "2", "--clips", "1", "--no-raw"],
+    ["untrimmed", "--budget", "1", "--epochs", "1", "--folds", "2", "--random-draws", "1"],
+    ["retrieval", "--class", "--no-raw", "--folds", "2"],
+])  # fmt: skip
 def test_benches_draw_what_becomes_of_a_training(trained, bench, tmp_path, capsys):
     store, runs = trained
     out = tmp_path / "c.svg"
