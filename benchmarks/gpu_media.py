@@ -195,6 +195,6 @@ def spectrograms(bench: Bench) -> Iterator[Row]:
         beyond = float(np.max(np.abs(mine - theirs) - np.spacing(np.abs(theirs).astype(np.float16)).astype(np.float32)))
         what = f"{name}, stored rows of a whole video"
         yield {"what": what, "value": value, "unit": "s of sound/s"}
-        off = max(beyond, 0.0) if math.isfinite(beyond) else beyond
-        yield {"what": f"{what}: farthest from the CPU's", "value": off, **wanted(off, "<=", SPREAD),
+        distance = max(beyond, 0.0) if math.isfinite(beyond) else beyond
+        yield {"what": f"{what}: farthest from the CPU's", "value": distance, **wanted(distance, "<=", SPREAD),
                "note": "of the logarithm, beyond a step of float16"}  # fmt: skip
