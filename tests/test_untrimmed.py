@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from tiny_run import config, store_in
+from tiny_store import Tiny, default_spec, make_store
 
+import avstore
 from avstore.errors import CorruptError, UsageError
 from benchmarks import look, moments, untrimmed
 from benchmarks.probing import Part
@@ -86,6 +89,107 @@ def test_on_the_command_line(tmp_path, capsys):
                         (["--seeds", "0", "--run", "mine"], "0 seeds"), ([], "embeddings of 2 runs")):  # fmt: skip
         assert invoke([*one, *words]) in (2, 4), words
         assert told in capsys.readouterr().err
+
+
+def test_a_bench_that_was_stopped_goes_on_from_its_folder(tmp_path, monkeypatch):
+    """Stopped within each part; what is finished is not done again, the table is that of an unbroken one; what another
+    question or other moments would give is not taken for it; damage is told."""
+    store = store_in(tmp_path, codec="jpeg")
+    run = train("avid", store, config("steps=2"), tmp_path / "runs" / "mine").run
+    embed.embed(run, store)
+    asked = {"budgets": (1, 2), "random_draws": 3, "preset": "tiny", "epochs": 1, "fold_count": 2, "seeds": 2}
+    whole = untrimmed.bench(store, "mine", **asked)
+    work, fitted, real = tmp_path / "work", [], untrimmed.fit
+
+    def fit(*args, **options):
+        fitted.append(1)
+        if len(fitted) % 2 == 0:  # every second time: a part is finished, the next is not
+            raise KeyboardInterrupt
+        return real(*args, **options)
+
+    monkeypatch.setattr(untrimmed, "fit", fit)
+    for finished in (1, 2, 3):
+        with pytest.raises(KeyboardInterrupt):
+            untrimmed.bench(store, "mine", work=work, **asked)
+        assert len(list(work.glob("*.json"))) == finished
+    assert untrimmed.bench(store, "mine", work=work, **asked).rows == whole.rows  # two seeds of two parts
+    assert len(fitted) == 7 and len(list(work.glob("*.json"))) == 4
+    kept = tmp_path / "kept.safetensors"
+    monkeypatch.setattr(untrimmed, "fit", lambda *a, **k: pytest.fail("done again"))
+    again = untrimmed.bench(store, "mine", work=work, **asked)
+    assert again.rows == whole.rows and again.notes == whole.notes
+    monkeypatch.setattr(untrimmed, "fit", real)
+    plain = tmp_path / "plain.safetensors"  # the preview itself is no part of the folder: it is trained again, equal
+    untrimmed.bench(store, "mine", work=work, keep=kept, **asked)
+    untrimmed.bench(store, "mine", keep=plain, **asked)
+    assert kept.read_bytes() == plain.read_bytes()
+    for other in ({"epochs": 2}, {"budgets": (1, 3)}, {"random_draws": 4}, {"fold_seed": 1}):
+        before = len(list(work.glob("*.json")))
+        found = untrimmed.bench(store, "mine", work=work, **{**asked, "seeds": 1, **other})
+        assert found.rows == untrimmed.bench(store, "mine", **{**asked, "seeds": 1, **other}).rows
+        assert len(list(work.glob("*.json"))) == before + 2, other
+    stale = moments.of_store(store, "mine", {"fold_count": 2})
+    assert stale.digest() == moments.of_store(store, "mine", {"fold_count": 2}).digest()
+    more = train("avid", store, config("steps=4"), tmp_path / "more").run
+    embed.embed(more, store, name="other")
+    assert moments.of_store(store, "other", {"fold_count": 2}).digest() != stale.digest()
+    for file in work.glob("*.json"):
+        file.write_bytes(b"{torn")
+    with pytest.raises(CorruptError):
+        untrimmed.bench(store, "mine", work=work, **asked)
+
+
+def test_moments_of_checkpoints_are_kept(tmp_path, monkeypatch):
+    store = store_in(tmp_path, codec="jpeg")
+    run = train("avid", store, config("steps=2"), tmp_path / "runs" / "mine").run
+    asked = {"budgets": (1,), "preset": "tiny", "epochs": 1, "fold_count": 2, "checkpoints": [2],
+             "run_paths": {"mine": run.path}, "work": tmp_path / "work"}  # fmt: skip
+    first = untrimmed.bench(store, "mine", **asked)
+    monkeypatch.setattr(embed, "embed_videos", lambda *a, **k: pytest.fail("computed again"))
+    monkeypatch.setattr(untrimmed, "fit", lambda *a, **k: pytest.fail("trained again"))
+    assert untrimmed.bench(store, "mine", **asked).rows == first.rows
+
+
+@pytest.mark.slow
+def test_a_killed_bench_goes_on_from_its_folder(tmp_path, capsys):
+    """SIGKILL as soon as one part is kept; the command again prints what an unbroken one prints."""
+    import os
+    import signal
+    import subprocess
+    import sys
+    import time
+
+    store = store_in(tmp_path, codec="jpeg")
+    embed.embed(train("avid", store, config("steps=2"), tmp_path / "runs" / "mine").run, store)
+    work = tmp_path / "work"
+    asked = ["bench", "untrimmed", str(store.path), "--folds", "3", "--seeds", "3", "--preset", "tiny", "--json"]
+    assert invoke(asked) == 0
+    whole = json.loads(capsys.readouterr().out)
+    words = [sys.executable, "-c", "from cli.main import run; run()", *asked, "--work", str(work)]
+    root = str(Path(__file__).resolve().parents[1])
+    child = subprocess.Popen(words, stdout=subprocess.DEVNULL, cwd=tmp_path, env=os.environ | {"PYTHONPATH": root})
+    until = time.monotonic() + 120
+    while not list(work.glob("*.json")) and child.poll() is None and time.monotonic() < until:
+        time.sleep(0.005)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    finished = {f.name: f.stat().st_mtime_ns for f in work.glob("*.json")}
+    assert child.returncode == -signal.SIGKILL and 1 <= len(finished) < 9
+    assert invoke([*asked, "--work", str(work)]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"] == whole["rows"]
+    assert len(list(work.glob("*.json"))) == 9
+    assert all((work / name).stat().st_mtime_ns == at for name, at in finished.items())
+
+
+def test_tested_videos_that_are_lost_are_told(tmp_path):
+    made = [Tiny(2.0, key=f"{i}.mp4", label="ab"[i % 2], split="test" if i > 7 else "train",
+                 status="failed" if i == 9 else "ok") for i in range(12)]  # fmt: skip
+    store = avstore.open(make_store(tmp_path / "lost.zarr", made, default_spec(sample_rate=24000, codec="jpeg")))
+    run = train("avid", store, config("steps=1"), tmp_path / "runs" / "mine").run
+    embed.embed(run, store)
+    table = untrimmed.bench(store, "mine", budgets=(1,), preset="tiny", epochs=1)
+    assert any(n.startswith("1 of the 4 videos that column split tests are not ok") for n in table.notes)
+    assert any("over 3 test videos" in n and "nothing of other seeds" in n for n in table.notes)
 
 
 def test_what_networks_give_now_is_what_is_stored(tmp_path):
