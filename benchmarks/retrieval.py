@@ -99,8 +99,9 @@ def retrieval(
         elif len(mine) < len(all_sides) and fold_count is None:
             notes.append(f"{run} is asked {'; '.join(s.description for s in mine)} alone: it was trained on queries of "
                          "the others")  # fmt: skip
-        if trained is None:
-            notes.append(f"{run}: {why_unknown(path, store)}")
+        unknown = why_unknown(path, store)
+        if unknown is not None:
+            notes.append(f"{run}: {unknown}")
         used |= {i for i, s in enumerate(all_sides) if s in mine}
         for step, suffix, features in of_run(store, run, path, everyone, shown, clips, protocols, checkpoints, kept,
                                              device, progress):  # fmt: skip

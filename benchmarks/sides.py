@@ -85,27 +85,32 @@ def choose_sides(
 
 
 def trained_on(path: Path, store: Store) -> np.ndarray | None:
-    """Numbers of the videos that a run was trained on; None where its folder is not to be found, or is of another
-    store."""
+    """Numbers of the videos that a run was trained on, its stages and teachers included; None where its folder is not
+    to be found, or is of another store."""
+    from trainers.ancestry import seen_by
     from trainers.run import Run
 
     try:
-        snapshot = Run(path).snapshot
-        snapshot.require_fits(store)  # two stores made alike have one fingerprint: numbers and keys must agree too
+        return seen_by(Run(path), store).numbers
     except AvstoreError:
         return None
-    return snapshot.numbers
 
 
-def why_unknown(path: Path, store: Store) -> str:
-    """Why `trained_on` does not know."""
+def why_unknown(path: Path, store: Store) -> str | None:
+    """What `trained_on` does not know, and why; None where it knows all."""
+    from trainers.ancestry import seen_by
     from trainers.run import Run
 
     try:
-        there = Run(path).snapshot.store
+        run = Run(path)
+        there = run.snapshot.store
     except AvstoreError:
         return f"its folder is not at {path}, so what it was trained on is unknown"
-    return f"trained on another store, {Path(there).name}; whether these videos were in it is not known"
+    try:
+        unknown = seen_by(run, store).unknown
+    except AvstoreError:
+        return f"trained on another store, {Path(there).name}; whether these videos were in it is not known"
+    return f"it learned from {', '.join(unknown)}: whether that saw these videos is not known" if unknown else None
 
 
 def unseen(all_sides: list[Sides], trained: np.ndarray | None) -> tuple[list[Sides], int]:

@@ -1,8 +1,8 @@
 """Which parts of a probe a run may be asked: those whose test videos it has not seen in pre-training.
 
-Runs of folds (`avstore train --fold i/n`) are asked their own fold, so that n runs of a seed make one whole answer. A
-run of none of the tested videos is asked everything. So are a run that has seen videos of every part, and one of
-another store, of which nobody can tell; a note says so.
+What a run's stages and teachers saw, it has seen. Runs of folds (`avstore train --fold i/n`) are asked their own fold,
+so that n runs of a seed make one whole answer. A run of none of the tested videos is asked everything. So are a run
+that has seen videos of every part, and one of another store, of which nobody can tell; a note says so.
 """
 
 from __future__ import annotations
@@ -15,23 +15,41 @@ import numpy as np
 
 from avstore.errors import ConflictError, UsageError
 from benchmarks.probing import Outcome, Part, Probed
+from trainers.ancestry import seen_by
 
 if TYPE_CHECKING:
     from avstore.store import Store
     from trainers.run import Run
 
 
-def parts_of(store: Store, run: Run, probed: Probed) -> tuple[tuple[Part, ...], int | None]:
-    """The parts that a run is asked, and how many videos tested in them it has seen: 0, or all parts are asked; None:
-    it is of another store."""
+def parts_of(store: Store, run: Run, probed: Probed) -> tuple[tuple[Part, ...], tuple[str, ...]]:
+    """The parts that a run is asked: those of whose test videos neither it nor what it learned from (its stages and
+    teachers: `trainers/ancestry.py`) has seen any, all where there are none; and what is to be said of that."""
     try:
-        run.snapshot.require_fits(store)
+        seen = seen_by(run, store).numbers
     except ConflictError:  # of another store: whether it holds the same media cannot be told
-        return probed.parts, None
-    trained = run.snapshot.numbers
-    counts = [int(np.isin(probed.numbers[p.test], trained).sum()) for p in probed.parts]
-    fresh = tuple(p for p, n in zip(probed.parts, counts, strict=True) if not n)
-    return (fresh, 0) if fresh else (probed.parts, sum(counts))
+        return probed.parts, told(store, run, probed.numbers, probed.parts)
+    fresh = tuple(p for p in probed.parts if not np.isin(probed.numbers[p.test], seen).any())
+    return fresh or probed.parts, told(store, run, probed.numbers, fresh or probed.parts)
+
+
+def told(store: Store, run: Run, numbers: np.ndarray, parts: Sequence[Part]) -> tuple[str, ...]:
+    """What is known of test videos of these parts (places into `numbers`) that a run was pre-trained on: notes."""
+    try:
+        seen = seen_by(run, store)
+    except ConflictError:
+        other = Path(run.snapshot.store).name
+        return (f"{run.name} was trained on another store, {other}; whether these videos were in it is not known",)
+    out = []
+    tested = np.concatenate([numbers[p.test] for p in parts])
+    count = int(np.isin(tested, seen.numbers).sum())
+    if count:
+        alone = count == int(np.isin(tested, run.snapshot.numbers).sum())
+        out.append(f"{run.name}{'' if alone else ', its stages and teachers included,'} saw {count} of {len(tested)} "
+                   f"tested videos in pre-training, without labels")  # fmt: skip
+    if seen.unknown:
+        out.append(f"{run.name} learned from {', '.join(seen.unknown)}: whether that saw these videos is not known")
+    return tuple(out)
 
 
 def plan(
@@ -44,16 +62,9 @@ def plan(
     """
     asked, notes = [], [*probed.notes]
     for run in runs:
-        parts, count = parts_of(store, run, probed)
+        parts, said = parts_of(store, run, probed)
         asked.append(parts)
-        if count is None:
-            notes.append(
-                f"{run.name} was trained on another store, {Path(run.snapshot.store).name}; whether these videos were "
-                "in it is not known"
-            )
-        elif count:
-            tested = sum(len(p.test) for p in probed.parts)
-            notes.append(f"{run.name} saw {count} of {tested} tested videos in pre-training, without labels")
+        notes += said
     kept: tuple[Part, ...] | None = None
     for name in dict.fromkeys(names):
         mine = [p.name for parts, n in zip(asked, names, strict=True) if n == name for p in parts]
@@ -69,7 +80,8 @@ def plan(
         kept = whole
     assert kept is not None
     if any(len(parts) < len(probed.parts) for parts in asked):
-        notes.append("each run is asked the parts alone whose test videos it has not seen in pre-training")
+        notes.append("each run is asked the parts alone whose test videos it has not seen in pre-training, its stages "
+                     "and teachers included")  # fmt: skip
     left = [p.name for p in probed.parts if p.name not in {k.name for k in kept}]
     if left:
         notes.append(f"left out, as every run has seen videos of it: {', '.join(left)}")

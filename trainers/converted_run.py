@@ -66,6 +66,7 @@ def make_run(
     with OpenRun(run) as folder:
         if not folder.start(config):
             snapshot = take_snapshot(store, config, notes, selection=selection)
+            snapshot = dataclasses.replace(snapshot, unknown=(f"the weights {found.config.source}",))
             if "crisscross-audio" in found.families and snapshot.statistics is not None:
                 recipe = named(found.config.front_end)
                 constants = {"mean": [CRISSCROSS_MEAN] * recipe.bins, "std": [CRISSCROSS_STD] * recipe.bins, "rows": 0}

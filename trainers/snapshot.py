@@ -18,6 +18,7 @@ from avstore import draws
 from avstore.errors import ConflictError, UsageError
 from avstore.frontends import BinStatistics, named, spectrogram
 from avstore.selection import digest_of
+from trainers.ancestry import seen_before
 from trainers.config import RunConfig
 from trainers.fit import needs_of, select
 from trainers.methods import method
@@ -36,7 +37,8 @@ class Snapshot:
 
     numbers: int64 (n,), the videos in bank order; digest: of numbers and keys. statistics: {"front_end", "hash",
     "mean", "std", "rows"}, or None without sound. notes: what is approximate, one text each. init: the run that this
-    one started from.
+    one started from. also_saw: int64, sorted, the videos of this store beyond `numbers` that the run it started from
+    and its teachers saw (`ancestry.py`), None where nobody noted it; unknown: those of which that cannot be told.
     """
 
     store: str
@@ -51,6 +53,8 @@ class Snapshot:
     labels: tuple[str, ...] | None = None  # class names in order, for methods that need labels
     versions: dict[str, Any] = field(default_factory=dict)
     teachers: dict[str, str] = field(default_factory=dict)  # source -> digest, of methods that learn from others
+    also_saw: np.ndarray | None = None
+    unknown: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         value = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -60,6 +64,8 @@ class Snapshot:
             "numbers": self.numbers.tolist(),
             "notes": list(self.notes),
             "labels": None if self.labels is None else list(self.labels),
+            "also_saw": None if self.also_saw is None else self.also_saw.tolist(),
+            "unknown": list(self.unknown),
         }
 
     @classmethod
@@ -67,13 +73,15 @@ class Snapshot:
         value = dict(value)
         if value.pop("format", None) != FORMAT:
             raise ConflictError("this run has a snapshot of another format", f"this avstore reads format {FORMAT}")
-        labels = value["labels"]
+        labels, also_saw = value["labels"], value.get("also_saw")  # runs of older versions lack the latter
         return cls(
             **{
                 **value,
                 "numbers": np.array(value["numbers"], np.int64),
                 "notes": tuple(value["notes"]),
                 "labels": None if labels is None else tuple(labels),
+                "also_saw": None if also_saw is None else np.array(also_saw, np.int64),
+                "unknown": tuple(value.get("unknown", ())),
             }
         )
 
@@ -149,6 +157,8 @@ def take_snapshot(
     labels = None
     if needs.labels:
         labels = tuple(sorted({str(x) for x in store.column("label", numbers) if x is not None}))
+    teachers = _teachers(config)
+    before_it = seen_before(store, [] if init is None else [init], teachers)
     dropped = [part for part in words.split("; ") if part.startswith("without ")]
     return Snapshot(
         store=os.fspath(store.path),
@@ -162,7 +172,9 @@ def take_snapshot(
         init=lineage,
         labels=labels,
         versions={k: sorted(v) for k, v in store.versions.items()},
-        teachers=_teachers(config),
+        teachers=teachers,
+        also_saw=np.setdiff1d(before_it.numbers, numbers),
+        unknown=before_it.unknown,
     )
 
 
