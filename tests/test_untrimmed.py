@@ -315,3 +315,27 @@ def test_a_preview_is_kept_and_says_where_it_looks(student, tmp_path, capsys):
     looks.save(tmp_path / "bare.safetensors", {})
     with pytest.raises(CorruptError, match="does not say"):
         look.kept(tmp_path / "bare.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_preview_of_long_videos_beats_random_moments(tmp_path):
+    """40 videos of 10 s, hiss but for 2 to 3 s that tell the class (8, chance .125). By features of a sound network
+    that learned from 64 short clips, the moment that the preview chooses is right more often than a random one, by
+    0.08; measured: 0.375, random 0.194, the first 0.150, the middle 0.300, which the event covers oftener than others.
+    """
+    from avstore.ingest import ingest
+    from benchmarks import demo_set
+
+    stores = []
+    for name, count, seconds in (("short", 64, 2), ("long", 40, 10)):
+        demo_set.generate(tmp_path / name, train=count, test=0, seconds=seconds, long=name == "long", workers=1)
+        ingest(tmp_path / name, tmp_path / f"{name}.zarr", size=(32, 48), fps=1, workers=1, front_ends=())
+        stores.append(avstore.open(tmp_path / f"{name}.zarr"))
+    sets = ["steps=100", "modality=a", "batch=16", "seconds=1", "statistics_clips=64", "threads=1", "in_process=true"]
+    asked = resolve("supervised", preset="tiny", sets=sets)
+    run = train("supervised", stores[0], asked, tmp_path / "runs" / "heard").run
+    embed.embed(run, stores[1])
+    table = untrimmed.bench(stores[1], "heard", budgets=(1,), preset="tiny", seeds=2, fold_count=2)
+    found = {r["selector"]: r["top-1"] for r in table.rows}
+    assert found["learned preview"] > found["random"] + 0.08, found
