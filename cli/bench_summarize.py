@@ -63,11 +63,15 @@ def summarize(
     if not run and (store is not None or tower or all_checkpoints or checkpoint != "latest"):
         raise UsageError("--store, --tower and checkpoints without --run", "they are of a run's networks",
                          "--run runs/temporal --store STORE, or --features FILE.h5")  # fmt: skip
+    twice = sorted({str(path) for path in features or [] if (features or []).count(path) > 1})
+    if twice:
+        raise UsageError(f"--features {twice[0]} is given twice", "each file is a row", "give it once")
     if curve is not None and not all_checkpoints:
         raise UsageError("--curve without --all-checkpoints", "a curve is drawn over checkpoints", "--all-checkpoints")
     require_one_question(all_checkpoints, checkpoint)
     known, kept, places = read(annotations), Kept(work), dict[str, dict[str, Any]]()
     given = {}
+    stems = [path.stem for path in features or []] + [Path(r).name for r in run or []]
     for path in features or []:
         found = read(path)
         by_name = {v.name: v.features for v in found.videos.values()} | {k: v.features for k, v in found.videos.items()}
@@ -79,7 +83,7 @@ def summarize(
                 f"it has {', '.join(sorted(by_name)[:3])}, ...",
                 "its groups, or their video_name, must be called as the annotations call the videos",
             )
-        given[path.stem] = rows
+        given[path.stem if stems.count(path.stem) == 1 else str(path)] = rows
     if run:
         more, places = _of_runs(run, store, known, tower or ["video"], checkpoint, all_checkpoints, kept, device)
         given |= more

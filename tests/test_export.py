@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -195,6 +196,15 @@ def test_towers_side_by_side_and_summaries_of_them(
     assert invoke(["bench", "summarize", str(with_people), "--splits", "2", "--epochs", "2", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert any("people" in str(r["scores"]) and 0 <= r["F"] <= 1 for r in rows)  # `features` of the file itself
+    bench = ["bench", "summarize", str(with_people), "--splits", "2", "--epochs", "1", "--json"]
+    named = []
+    for folder in ("a", "b"):  # two files of one name are two rows
+        (tmp_path / folder).mkdir()
+        named += ["--features", str(shutil.copy(with_people, tmp_path / folder / "f.h5"))]
+    assert invoke([*bench, *named, "--features", str(with_people)]) == 0
+    rows = [r["scores"] for r in json.loads(capsys.readouterr().out)["rows"]]
+    assert rows[:3] == [f"DR-DSN on {n}" for n in (*named[1::2], "people")]
+    assert invoke([*bench, *named[:2], *named[:2]]) == 2 and "given twice" in capsys.readouterr().err
 
 
 def said(n_frames: int, name: str = "two") -> Annotations:
