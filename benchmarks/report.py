@@ -195,6 +195,7 @@ def training(run: Run) -> str:
 
 def about(run: Run) -> str:
     """Section: what the run was asked, what it saw of its store, how far it is."""
+    from trainers.machine import read_machine, sentence, short
     from trainers.typed import as_text
 
     checkpoints = run.checkpoints()
@@ -207,12 +208,15 @@ def about(run: Run) -> str:
             ("steps", f"{checkpoints[-1].step:,}" if run.finished else f"{checkpoints[-1].step:,} of {total:,}")
         )
         values.append(("checkpoint kept" if len(checkpoints) == 1 else "checkpoints kept", len(checkpoints)))
+    machine = read_machine(run.path)
+    values += short(machine) if machine is not None else []
     asked = run.config.values()
     rows = [{"key": k, "value": as_text(v)} for k, v in asked.items()]
     listed = page.table(Table("Every key", ("key", "value"), rows))
     note = ""
     if (run.path / "snapshot.json").is_file():
         told = [run.snapshot.selection, *run.snapshot.notes]
+        told += [sentence(machine)] if machine is not None else []
         note = " ".join(f"{t[:1].upper()}{t[1:].rstrip('.')}." for t in dict.fromkeys(told) if t)
     body = page.tiles(values) + f"<details><summary>Configuration, {len(rows)} keys</summary>{listed}</details>"
     return page.section(f"Run {run.name}", body, note)

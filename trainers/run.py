@@ -4,6 +4,7 @@
                     snapshot.json  see `snapshot.py`: the store's fingerprint, the selection, statistics
                     checkpoints/   see `checkpoint.py`
                     metrics.jsonl  see `metrics.py`
+                    machine.json   see `machine.py`: parameters, devices
                     lock           flock, host and pid of the training
 
 Bank rows and orders of epochs come from the snapshot, never from the store of the day. Repeating a command goes on

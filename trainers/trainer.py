@@ -34,6 +34,7 @@ from trainers.compiled import begin_part, compile_networks
 from trainers.config import RunConfig
 from trainers.encoders import has_local_batch_norm
 from trainers.events import Event, OnEvent, silent
+from trainers.machine import note_machine
 from trainers.meter import Meter
 from trainers.methods import method as find_method
 from trainers.metrics import MetricLog
@@ -102,6 +103,7 @@ class Trainer:
         elif init_run is not None:
             self._start_from(init_run, stop)
         self._note_processes()
+        note_machine(self.path, self.method, self.device, self.precision, self.done)
         self.on_event(Event("start", self.name, self.done, self.total, self._words(bool(found))))
         log = MetricLog(self.path, self.done) if chief else None
         wrapped = self._wrap()
