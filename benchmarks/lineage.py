@@ -32,8 +32,10 @@ def maker(store: Store, name: str, asked: str | None = None) -> Run | None:
     """The run that made the embeddings `name`: in the folder `asked`, else in `runs` here or beside the store, as
     their lineage calls it; of the noted configuration, with a checkpoint. None where no folder holds it."""
     noted = lineage_of(store, name)
-    for path in (*([Path(asked)] if asked else []),
-                 *(folder / str(noted.get("run", name)) for folder in (RUNS, store.path.resolve().parent / "runs"))):
+    for path in (
+        *([Path(asked)] if asked else []),
+        *(folder / str(noted.get("run", name)) for folder in (RUNS, store.path.resolve().parent / "runs")),
+    ):
         try:
             run = Run(path)
             if run.config.digest == noted.get("config") and run.checkpoints():

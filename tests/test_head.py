@@ -151,15 +151,16 @@ def test_a_head_of_one_sense_needs_no_other(folder: Path, tmp_path: Path, modali
     store, run = avstore.open(folder / "tiny.zarr"), Run(folder / "runs" / "mine")
     recipe = dataclasses.replace(RECIPE, modality=modality, hidden=0, dropout=0.0)
     net = Classifier(blocks.with_weights(run, "latest"), 2, recipe, 0)
-    write_head(tmp_path / "h.safetensors", net, Head(str(run.path), ["a", "b"], recipe, 0, "x", store.fingerprint, "label"))
+    file = tmp_path / "h.safetensors"
+    write_head(file, net, Head(str(run.path), ["a", "b"], recipe, 0, "x", store.fingerprint, "label"))
     lacking = {"sound": None} if modality == "v" else {"picture": False}
     videos = [tiny_store.Tiny(2.0, key=f"{i}.mp4", label="ab"[i % 2], **lacking) for i in range(4)]
     made = tiny_store.make_store(tmp_path / "one.zarr", videos, tiny_store.default_spec(sample_rate=24000))
     out = tmp_path / "out"
-    assert invoke(["explain", str(made), "--head", str(tmp_path / "h.safetensors"), "--count", "2", "-o", str(out)]) == 0
+    assert invoke(["explain", str(made), "--head", str(file), "--count", "2", "-o", str(out)]) == 0
     assert len(list(out.glob("class-*.png"))) == 2
     named = ["--video", "3", "--where", "label=a"]
-    assert invoke(["explain", str(made), "--head", str(tmp_path / "h.safetensors"), *named, "-o", str(out)]) == 0
+    assert invoke(["explain", str(made), "--head", str(file), *named, "-o", str(out)]) == 0
     assert (out / "class-000003.png").is_file()
     with pytest.raises(NotFoundError, match="has picture and sound"):
         explain(avstore.open(made), [run], out, numbers=avstore.open(made).numbers)

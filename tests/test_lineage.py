@@ -43,7 +43,7 @@ def test_the_run_is_found_by_what_is_noted(
     assert other is not None and other.path == Path("elsewhere/renamed")
     assert lineage_of(store, "short")["run"] == "avid-of-tiny"
     shutil.rmtree(other.checkpoint(1).path)
-    with pytest.raises(ConflictError, match="step 1 of .*no more"):
+    with pytest.raises(ConflictError, match=r"step 1 of .*no more"):
         step_of(store, "short", other)
 
 
