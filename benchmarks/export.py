@@ -15,7 +15,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -39,13 +39,15 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written: names of its groups, videos in them, rows in all, and (key, why) of videos left out."""
+    """What was written: names of its groups, videos in them, rows in all, (key, why) of videos left out, and of those
+    in which zeros stand for what they lack."""
 
     path: str
     groups: list[str]
     videos: int
     rows: int
     left_out: list[tuple[str, str]]
+    filled: list[tuple[str, str]] = field(default_factory=list)
 
 
 @contextmanager
@@ -183,8 +185,9 @@ def export_eccv16(
 
     tower: several are put side by side, each of unit length, over the root of their number; `joint` is the tower of
     that name where the run has one, else the outputs of the model over snippets of the run `trained` (`joint.py`).
-    Videos without a row of each tower are left out and named. run: default the only one. NotFoundError where the run
-    has no such tower or no video has rows, UsageError for a tower that is named twice.
+    Videos without a row of each tower are left out and named; an annotated video without sound is in, with zeros for
+    the rows of sound and of both that it cannot have (`zeroed`), and named as `filled`. run: default the only one.
+    NotFoundError where the run has no such tower or no video has rows, UsageError for a tower that is named twice.
     """
     name = choose_run(store, run)
     chosen = _numbers(store, numbers)
@@ -200,11 +203,16 @@ def export_eccv16(
             each.append(joint_rows(store, name, trained, chosen))
         else:
             each.append(read_rows(store, name, t))
+    todo = matched(store, chosen, annotations)
+    silent = [n for n, said in todo if said is not None and any(zeroed(store, n, t) for t in towers)]
+    each = [
+        _with_zeros(store, rows, [n for n in silent if zeroed(store, n, t)])
+        for t, rows in zip(towers, each, strict=True)
+    ]
     rows = each[0] if len(each) == 1 else _side_by_side(each)
     first = next((t for t in towers if t in embedded_runs(store)[name]), embedded_runs(store)[name][0])
     lineage = {**_lineage(store, name, first), "towers": towers}
     every = int(lineage.get("every", 1))
-    todo = matched(store, chosen, annotations)
     left_out: list[tuple[str, str]] = []
     groups: list[str] = []
     total = 0
@@ -255,7 +263,26 @@ def export_eccv16(
                 "; ".join(f"{k}: {w}" for k, w in left_out[:3]),
                 f"avstore embed {name} {store.path}",
             )
-    return Exported(str(path), groups, len(groups), total, left_out)
+    missing = {key for key, _ in left_out}
+    filled = [(store.key(n), "it is silent: zeros for its sound") for n in silent if store.key(n) not in missing]
+    return Exported(str(path), groups, len(groups), total, left_out, filled)
+
+
+def zeroed(store: Store, number: int, tower: str) -> bool:
+    """Whether a video's rows of a tower are zeros in features for summaries, where silent videos count too: it shows
+    pictures and has no sound, of which the tower is made."""
+    return bool(store.has_picture[number]) and not store.has_sound[number] and not tower.startswith("video")
+
+
+def _with_zeros(store: Store, rows: NDArray[np.floating], silent: Sequence[int]) -> NDArray[np.floating]:
+    """Rows with zeros in the seconds of these videos; as they are where no other video has any."""
+    if not len(silent) or not np.isfinite(rows).any():
+        return rows
+    out = rows.copy()
+    for number in silent:
+        place = int(store.places[number])
+        out[place : place + int(-(-store.seconds(number) // 1))] = 0
+    return out
 
 
 def _side_by_side(each: Sequence[NDArray[np.floating]]) -> NDArray[np.float32]:

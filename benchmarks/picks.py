@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from avstore.errors import NotFoundError, UsageError, did_you_mean
 from benchmarks.annotations import Annotations
-from benchmarks.export import matched, require_film, rows_of_picks, source_frames
+from benchmarks.export import matched, require_film, rows_of_picks, source_frames, zeroed
 from benchmarks.kept import Kept
 
 if TYPE_CHECKING:
@@ -37,8 +37,9 @@ def features_of(
 ) -> dict[str, NDArray[np.float32]]:
     """For each annotated video, by its name in `annotations.videos`, the features of its picks.
 
-    NotFoundError where an annotated video is not in the store once, or lacks what a tower needs; ConflictError for
-    another film than was annotated; UsageError for towers that are named twice or that the run does not have.
+    A silent video has zeros for what is made of sound (`export.zeroed`). NotFoundError where an annotated video is not
+    in the store once, or lacks seconds; ConflictError for another film than was annotated; UsageError for towers that
+    are named twice or that the run does not have.
     """
     from benchmarks.blocks import key_of
     from trainers.embed import embed_videos
@@ -67,7 +68,8 @@ def features_of(
     for name, (number, said) in zip(annotations.videos, found, strict=True):
         assert said is not None
         second = rows_of_picks(shown[number], said.picks) // store.spec.fps
-        parts = [_at(x[f"{t} 0"], x[f"{t} 1"], x[f"{t} 2"], number, second) for t in towers]
+        parts = [np.zeros((len(second), x[f"{t} 0"].shape[1]), np.float32) if zeroed(store, number, t)
+                 else _at(x[f"{t} 0"], x[f"{t} 1"], x[f"{t} 2"], number, second) for t in towers]  # fmt: skip
         bad = [t for t, p in zip(towers, parts, strict=True) if not np.isfinite(p).all()]
         if bad:
             raise NotFoundError(f"{store.key(number)} has no {bad[0]} of each of its seconds", "pictures or sound lack",

@@ -122,6 +122,7 @@ def _of_runs(
 ) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
     """({row: {video: features}}, {row: its place on a curve}) of runs' networks, of each checkpoint they share."""
     from benchmarks.curve import common_steps, place_of
+    from benchmarks.export import matched, zeroed
     from benchmarks.picks import features_of
     from trainers.run import find_run
 
@@ -135,6 +136,10 @@ def _of_runs(
                 step, epoch = place_of(one, at)
                 row = f"{name} step {step}" if every else name
                 given[row] = features_of(opened, one, at, known, towers, kept=kept, device=device)
+                silent = {opened.key(n) for n, _ in matched(opened, opened.numbers, known)
+                          if any(zeroed(opened, n, t) for t in towers)}  # fmt: skip
                 if every:
                     places[row] = {"step": step, "epoch": epoch, "of run": f"DR-DSN on {name}"}
+    for key in sorted(silent):
+        console.warn(console.visible(f"{key}: it is silent: zeros for its sound"))
     return given, places

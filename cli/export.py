@@ -71,9 +71,12 @@ def export(
     else:
         done = bench.export_embeddings(opened, out, run, numbers, force=force)
     if json:
-        console.as_json({**done.__dict__, "left_out": [{"key": k, "why": w} for k, w in done.left_out]})
+        lists = {n: [{"key": k, "why": w} for k, w in getattr(done, n)] for n in ("left_out", "filled")}
+        console.as_json({**done.__dict__, **lists})
     for key, why in done.left_out:
         console.warn(console.visible(f"left out: {key}: {why}"))
+    for key, why in done.filled:
+        console.warn(console.visible(f"{key}: {why}"))
     parts = ", ".join(done.groups) if layout != "eccv16" else f"one group for each ({done.groups[0]} ...)"
     console.say(console.visible(f"{done.path}: {done.videos} videos, {done.rows} rows: {parts}"))
     if layout == "eccv16":

@@ -207,6 +207,37 @@ def test_towers_side_by_side_and_summaries_of_them(
     assert invoke([*bench, *named[:2], *named[:2]]) == 2 and "given twice" in capsys.readouterr().err
 
 
+def test_silent_videos_are_summarised_too(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """S0 Table 2: where a tower is made of sound, a silent video's rows are zeros, and one file fits the other."""
+    rng, known = np.random.default_rng(0), {}
+    for name, number in (("one", 0), ("two", 1), ("three", 2)):
+        n = source_frames(store, number)[1]
+        scores = rng.random((3, n)).astype(np.float32)
+        segments = np.array([[i, min(i + 3, n - 1)] for i in range(0, n, 4)])
+        summaries = np.stack([summary_of(s, segments) for s in scores])
+        known[name] = Annotated(name, n, summaries, scores, segments, np.arange(0, n, 15))
+    people = Annotations("toy", "best", known)
+    files = {t: tmp_path / f"{'-'.join(t)}.h5" for t in (("video",), ("audio",), ("video", "audio"))}
+    for towers, file in files.items():
+        done = export_eccv16(store, file, "mine", list(towers), annotations=people)
+        assert done.videos == 3 and not done.left_out
+        silent = [("dogs/three.mp4", "it is silent: zeros for its sound")]
+        assert done.filled == (silent if "audio" in towers else [])
+    found = {t: {v.name: v.features for v in read(f).videos.values()} for t, f in files.items()}
+    assert not found["audio",]["three"].any() and found["audio",]["two"].any()
+    together = found["video", "audio"]["three"]
+    np.testing.assert_allclose(together[:, :3], found["video",]["three"] / np.sqrt(2), atol=1e-3)
+    assert not together[:, 3:].any()
+    command = ["export", str(store.path), str(tmp_path / "c.h5"), "--layout", "eccv16", "--tower", "audio", "--json"]
+    assert invoke([*command, "--annotations", str(files["video",])]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["filled"][0]["key"] == "dogs/three.mp4" and "it is silent" in said.err
+    bench = ["bench", "summarize", str(files["video",]), "--splits", "2", "--epochs", "1", "--json"]
+    assert invoke([*bench, *(x for f in files.values() for x in ("--features", str(f)))]) == 0
+    rows = [r["scores"] for r in json.loads(capsys.readouterr().out)["rows"]]
+    assert rows[:3] == ["DR-DSN on video", "DR-DSN on audio", "DR-DSN on video-audio"]
+
+
 def said(n_frames: int, name: str = "two") -> Annotations:
     scores = np.zeros((2, n_frames), np.float32)
     scores[:, 5:14] = 1

@@ -1,5 +1,6 @@
 """Summaries of sets: the real annotations of SumMe and TVSum, splits, controls, and a summariser that learns."""
 
+import dataclasses
 import json
 
 import h5py
@@ -364,6 +365,25 @@ def test_features_of_a_checkpoint_are_those_that_export_writes(filmed, tmp_path)
     other = Annotations("toy", "best", {"nowhere": toy(1).videos["video_0"]})
     with pytest.raises(NotFoundError, match="not found once"):
         features_of(store, run, "latest", other)
+
+
+def test_a_silent_video_has_zeros_for_its_sound(filmed, tmp_path):
+    from tiny_store import Tiny, default_spec, make_store
+
+    import avstore
+    from benchmarks.export import source_frames
+    from benchmarks.picks import features_of
+
+    _, run, known = filmed
+    name = next(iter(known.videos))
+    videos = [Tiny(2.0, key=f"{n}.mp4", label="a", sound=None if n == name else -1.0) for n in known.videos]
+    store = avstore.open(make_store(tmp_path / "s.zarr", videos, default_spec(sample_rate=24000)))
+    frames = {n: source_frames(store, i)[1] for i, n in enumerate(known.videos)}
+    same = {n: dataclasses.replace(v, n_frames=frames[n]) for n, v in known.videos.items()}
+    found = features_of(store, run, "latest", Annotations("toy", "best", same), ["video", "audio"])
+    half = found[name].shape[1] // 2
+    assert found[name][:, :half].any() and not found[name][:, half:].any()
+    assert all(x[:, half:].any() for n, x in found.items() if n != name)
 
 
 def test_checkpoints_are_drawn_and_kept_trainings_are_not_done_again(filmed, tmp_path, capsys, monkeypatch):
