@@ -214,6 +214,8 @@ def bench(
         for seed in range(seeds):
             add("random weights", blocks.with_weights(run, "random", seed), run, probed.parts)
     rows = [probing.row(name, block, unseen.whole(o, probed)) for (name, block), o in found.items()]
+    most = probing.best_blocks(rows) if modality != "av" else []  # its blocks are a, v, a + v
+    rows += most
     if controls:
         raw = {}
         if "a" in modality:
@@ -223,7 +225,8 @@ def bench(
         rows += [probing.row(n, "", [probing.probe(x, d, logistic()) for d in draws]) for n, x in raw.items()]
     rows.append(probing.row("commonest class", "", [probing.chance(d) for d in draws]))
     title = f"linear probes of {modality}, {store.path}"
-    return probing.table(title, [*rows, *theirs], probed, (*asked.told(), *notes), list(dict.fromkeys(names)))
+    told = (*asked.told(), *([probing.BEST] if most else []), *notes)
+    return probing.table(title, [*rows, *theirs], probed, told, list(dict.fromkeys(names)))
 
 
 class _Features:

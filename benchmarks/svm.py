@@ -231,6 +231,8 @@ def bench(
         for seed in range(seeds):
             add("random weights", blocks.with_weights(run, "random", seed), run, probed.parts)
     rows = [probing.row(name, block, unseen.whole(o, probed)) for (name, block), o in found.items()]
+    most = probing.best_blocks(rows)
+    rows += most
     rows += [
         probing.row(f"{name}, C chosen on the test part", block, unseen.whole(o, probed))
         for (name, block), o in best.items()
@@ -250,6 +252,7 @@ def bench(
         probed,
         (f"{clips} clips of a recording, decision values averaged; C "
          + (f"{fixed:g}" if fixed is not None else "chosen within the training part")
-         + ("; training clips at random places with random loudness" if augment else ""), *notes),
+         + ("; training clips at random places with random loudness" if augment else ""),
+         *([probing.BEST] if most else []), *notes),
         list(dict.fromkeys(names)),
     )  # fmt: skip

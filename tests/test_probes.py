@@ -256,6 +256,22 @@ def test_raw_features_are_centred_by_training_alone():
     np.testing.assert_array_equal(alone[0], both[0])
 
 
+def test_the_best_block_is_chosen_over_all_parts_and_says_so():
+    """S4 Table 1's best column, by hand: 0.6 and 0.8 lie under 0.7 and 0.8; of equals the earlier; a single block has
+    no best."""
+    def outcomes(*values):
+        return [[probing.Outcome(f"fold {i}", v, "C 1") for i, v in enumerate(values)]]
+
+    rows = [probing.row("avid", "conv4x", outcomes(0.6, 0.8)), probing.row("avid", "conv5x", outcomes(0.7, 0.8)),
+            probing.row("other", "conv4x", outcomes(0.5, 0.5)), probing.row("other", "conv5x", outcomes(0.5, 0.5)),
+            probing.row("alone", "conv5x", outcomes(0.9, 0.9)), probing.row("raw", "", outcomes(0.1, 0.1))]  # fmt: skip
+    best = probing.best_blocks(rows)
+    assert [(r["features"], r["block"], r["setting"], r["top-1"]) for r in best] == [
+        ("avid, best block, theirs", "best", "conv5x, C 1", pytest.approx(0.75)),
+        ("other, best block, theirs", "best", "conv4x, C 1", 0.5)]  # fmt: skip
+    assert "chosen on the test parts" in probing.BEST
+
+
 def test_the_benches_print_their_controls(trained, capsys, monkeypatch, tmp_path):
     store, run = trained
     common = ["--run", str(run.path), "--folds", "2", "--clips", "2", "--json", str(store.path)]
@@ -283,6 +299,20 @@ def test_the_benches_print_their_controls(trained, capsys, monkeypatch, tmp_path
     monkeypatch.setattr("benchmarks.blocks.picture_blocks", None)  # what is kept is not computed again
     assert invoke(["bench", "knn", "--k", "1", "--no-raw", *work, *common]) == 0
     assert json.loads(capsys.readouterr().out) == table
+
+
+@pytest.mark.parametrize("bench", [["svm", "--c", "1"], ["linear", "--modality", "a", "--epochs", "1"]])
+def test_the_best_block_stands_below_its_blocks(trained, capsys, bench):
+    store, run = trained
+    command = ["bench", *bench, "--run", str(run.path), "--folds", "2", "--clips", "1", "--no-raw", "--json"]
+    assert invoke([*command, "--block", "conv4x", "--block", "conv5x", str(store.path)]) == 0
+    table = json.loads(capsys.readouterr().out)
+    for name in ("avid", "random weights"):
+        own = [r["top-1"] for r in table["rows"] if r["features"] == name]
+        (best,) = [r for r in table["rows"] if r["features"] == f"{name}, best block, theirs"]
+        assert len(own) == 2 and best["top-1"] == max(own) and best["setting"].startswith("conv")
+    assert probing.BEST in table["notes"]
+    assert not [n for n in table["notes"] if "sign-flip" in n and "best" in n]
 
 
 def test_what_cannot_be_probed_is_told(trained, capsys):
