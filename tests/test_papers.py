@@ -71,6 +71,16 @@ def test_toy_commands_parse(line: str) -> None:
         assert config.preset == "tiny" and any(s.startswith("steps=") for s in values["set_"]), line
 
 
+@pytest.mark.parametrize("bench", ["linear", "svm"])
+def test_every_published_figure_is_asked_for(bench: str) -> None:
+    from benchmarks import published
+
+    for name in published.names(bench):  # type: ignore[arg-type]
+        assert re.search(rf"(?m)^    avstore bench {bench} .*--published {name}( |$)", TEXT) or (
+            f"`--published {name}`" in TEXT  # the same command on another store
+        ), name
+
+
 def test_toy_commands_stand_in_the_order_in_which_they_run() -> None:
     """Their runs and store are made above; each section of a table or figure has one, with what it printed."""
     made = {"demo/demo.zarr"}
