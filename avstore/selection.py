@@ -14,13 +14,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from avstore import split_words
 from avstore.errors import NotFoundError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from avstore.catalogue import Catalogue
-
-# Splits never pre-trained on by default; `unused` is what HMDB51 calls videos outside of a split's two sides.
-HELD_OUT = frozenset({"test", "testing", "val", "validation", "eval", "unused"})
 
 
 @dataclass(frozen=True)
@@ -100,8 +98,8 @@ def select(
     """The ok videos of `store` that meet all conditions.
 
     `where`: conditions on columns. `list`: a file of keys (a key without its suffix, or its last part, also finds its
-    video when that is unique). `subset`: a seeded draw of n. `held_out=False` drops rows whose split is one
-    of HELD_OUT. UsageError when nothing is left.
+    video when that is unique). `subset`: a seeded draw of n. `held_out=False` drops rows of a split that is
+    not trained on (`split_words.py`). UsageError when nothing is left.
     """
     numbers = store.numbers  # ok, current
     said = []
@@ -116,7 +114,7 @@ def select(
         said.append(f"list {Path(list).name if isinstance(list, str | Path) else 'of keys'}")
     if not held_out and "split" in store.columns:
         splits = store.column("split", numbers)
-        out = {s: str(s).lower() in HELD_OUT for s in set(splits)}
+        out = {s: split_words.held_out(s) for s in set(splits)}
         keep = np.array([not out[s] for s in splits], bool)
         if len(keep) and not keep.all():
             said.append(f"without {int((~keep).sum())} held-out videos (split test/val)")

@@ -17,6 +17,7 @@ from urllib.parse import unquote_to_bytes
 
 from avstore.durable import MACHINE_ERRNOS
 from avstore.errors import MachineError, NotFoundError, UsageError, did_you_mean
+from avstore.split_words import part_of
 
 # Suffixes of what lies beside media: text, tables, subtitles, code, archives, arrays. All else is tried.
 _SUFFIXES = """
@@ -28,7 +29,6 @@ _SUFFIXES = """
     """
 NON_MEDIA = frozenset(_SUFFIXES.split())
 NON_MEDIA_NAMES = frozenset({"readme", "license", "licence", "copying", "notice", "changelog", "makefile", "authors"})
-SPLITS = frozenset({"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval"})
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ def folder_columns(path: str) -> dict[str, str | None]:
     """`label` and `split` from the folders of a relative path: a train/val/test folder names the split, the last
     other folder the label; without the key where there is no such folder."""
     folders = path.split("/")[:-1]
-    splits = [f.lower() for f in folders if f.lower() in SPLITS]
-    labels = [f for f in folders if f.lower() not in SPLITS]
+    splits = [f.lower() for f in folders if part_of(f)]
+    labels = [f for f in folders if not part_of(f)]
     return {**({"label": labels[-1]} if labels else {}), **({"split": splits[0]} if splits else {})}
 
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from avstore.errors import UsageError, did_you_mean
+from avstore.split_words import part_of
 from benchmarks import paired, splits
 from benchmarks.rank import folds
 from benchmarks.table import Table
@@ -131,7 +132,7 @@ def choose(
             e = store.key(int(numbers[given.index("")]))
             raise UsageError(f"{given.count('')} of {len(given)} videos have no {column}", f"e.g. {e}",
                              f"--where {column}!= leaves them out")  # fmt: skip
-        if (splits.TRAIN | splits.TEST) & set(names):
+        if {part_of(n) for n in names} & {"train", "test"}:
             raise UsageError(
                 f"column {column} divides training from testing: {', '.join(names[:5])}",
                 "folds are tested in turn, so its test part would be trained on too",

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from avstore.errors import NotFoundError, UsageError
+from avstore.split_words import part_of
 from benchmarks.card import Told, card
 from benchmarks.page import escaped, section
 from benchmarks.retrieval import Features, Sides, choose_sides, run_features
@@ -35,9 +36,9 @@ SECONDS = 3.0
 def sides_of(store: Store, **options: Any) -> tuple[Sides, bool]:
     """(queries and gallery, whether they are the same videos): the bench's, or all videos where the store has no train
     and test split."""
-    splits = {str(s) for s in store.column("split")} if "split" in store.columns else set()
+    parts = {part_of(s) for s in store.column("split")} if "split" in store.columns else set()
     asked = {k: v for k, v in options.items() if k in ("gallery", "queries") and v}
-    if asked or (splits & {"train", "training"} and splits & {"test", "testing"}):
+    if asked or ("train" in parts and parts & {"test", "evaluation"}):
         return choose_sides(store, **options)[0], False
     chosen = {k: v for k, v in options.items() if k not in ("gallery", "queries", "label")}
     numbers = store.select(**chosen).numbers

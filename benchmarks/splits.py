@@ -4,7 +4,8 @@
 
 A column `split` is one division; UCF101 and HMDB51 have three, in columns split1, split2, split3, and results are
 averaged over them. Where a split has a training, a validation and a test part, the validation part chooses what is to
-be chosen; where it has no test part (Kinetics), the validation part is tested, and the split's name says so.
+be chosen; where it has no test part (Kinetics), the validation part is tested, and the split's name says so. An
+evaluation part is the test part where there is no other, else a validation part.
 
 `lost` tells of listed videos that the store could not decode: without it they would shrink a test part in silence.
 Not here: folds (`rank.folds`, `probing`), and what is done with the parts.
@@ -21,13 +22,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from avstore.errors import UsageError, did_you_mean
+from avstore.split_words import part_of
 
 if TYPE_CHECKING:
     from avstore.store import Store
-
-TRAIN = frozenset({"train", "training"})
-TEST = frozenset({"test", "testing"})
-VALIDATION = frozenset({"val", "valid", "validate", "validation", "dev"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +60,14 @@ def official(store: Store, numbers: np.ndarray, columns: Sequence[str] | None = 
     return [_split(store, numbers, column, len(chosen) > 1 or column != "split") for column in chosen]
 
 
+def tested_of(given: Sequence[str]) -> np.ndarray:
+    """bool, which of these values of a split are tested: the test part; where there is none, the evaluation part; where
+    there is neither, the validation part."""
+    parts = np.array([part_of(v) or "" for v in given], dtype=object)
+    there = next((p for p in ("test", "evaluation", "validation") if (parts == p).any()), "test")
+    return np.asarray(parts == there, np.bool_)
+
+
 def lost(
     store: Store,
     columns: Sequence[str],
@@ -74,7 +80,7 @@ def lost(
 ) -> tuple[str, ...]:
     """A line for each column that tests videos which are not ok in the store (failed, or still to be decoded).
 
-    folds: every value but none is tested, else the test part, or the validation part where there is none. `where` and
+    folds: every value but none is tested, else what `tested_of` says. `where` and
     `list` as in a selection; of a `subset`, which is drawn from the ok videos, nothing is said.
     """
     if subset is not None:
@@ -91,8 +97,7 @@ def lost(
     out = []
     for column in columns:
         given = np.array([text_of(v) for v in store.column(column, numbers)])
-        words = {"test"} if not len(given) else set(given.tolist())
-        tested = given != "" if folds else np.isin(given, sorted(TEST if TEST & words else VALIDATION))
+        tested = given != "" if folds else tested_of(given.tolist())
         bad = tested & ~store.ok[numbers]
         if bad.any():
             out.append(
@@ -108,13 +113,13 @@ def _split(store: Store, numbers: np.ndarray, column: str, named: bool) -> Split
         raise UsageError(f"{store.path} has no column {column!r}", why, "--split COLUMN; see avstore ls")
     given = ["" if v is None else str(v) for v in store.column(column, numbers)]
 
-    def places(words: frozenset[str]) -> np.ndarray:
-        return np.array([i for i, v in enumerate(given) if v in words], np.int64)
-
-    train, test, val = places(TRAIN), places(TEST), places(VALIDATION)
+    parts = np.array([part_of(v) or "" for v in given])
+    tested = tested_of(given)
+    train, test = np.flatnonzero(parts == "train"), np.flatnonzero(tested)
+    val = np.flatnonzero(np.isin(parts, ("validation", "evaluation")) & ~tested)
     name = column if named else "test split"
-    if len(train) and len(val) and not len(test):
-        test, val, name = val, val[:0], f"{column}, its validation part" if named else "validation split"
+    if len(test) and (parts[test] == "validation").all():
+        name = f"{column}, its validation part" if named else "validation split"
     if not len(train) or not len(test):
         there = ", ".join(sorted({v for v in given if v})) or "none"
         if named:

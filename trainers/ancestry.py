@@ -66,7 +66,7 @@ def _of_run(run: Run, store: Store) -> Seen:
 
 
 def _of_teacher(source: str, store: Store) -> Seen:
-    from trainers.run import RUNS, Run
+    from trainers.run import RUNS
     from trainers.teacher import _checkpoint, kind_of
 
     kind, path = kind_of(source), source.partition("#")[0]
