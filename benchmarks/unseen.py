@@ -16,6 +16,7 @@ import numpy as np
 from avstore.errors import ConflictError, UsageError
 from benchmarks.probing import Outcome, Part, Probed
 from trainers.ancestry import seen_by
+from trainers.methods import method
 
 if TYPE_CHECKING:
     from avstore.store import Store
@@ -45,8 +46,9 @@ def told(store: Store, run: Run, numbers: np.ndarray, parts: Sequence[Part]) -> 
     count = int(np.isin(tested, seen.numbers).sum())
     if count:
         alone = count == int(np.isin(tested, run.snapshot.numbers).sum())
+        how = "with their labels" if method(run.config.name).labels else "without labels"
         out.append(f"{run.name}{'' if alone else ', its stages and teachers included,'} saw {count} of {len(tested)} "
-                   f"tested videos in pre-training, without labels")  # fmt: skip
+                   f"tested videos in pre-training, {how}")  # fmt: skip
     if seen.unknown:
         out.append(f"{run.name} learned from {', '.join(seen.unknown)}: whether that saw these videos is not known")
     return tuple(out)

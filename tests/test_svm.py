@@ -247,6 +247,14 @@ def test_a_run_that_saw_all_parts_is_told_and_half_answers_are_refused():
         unseen.plan(store, runs[:2], ["m", "other"], probed)
 
 
+def test_whether_a_run_saw_labels_is_said():
+    store, runs, probed = runs_of_folds(1, {0: ()})
+    for name, said in (("avid", "without labels"), ("supervised", "with their labels"), ("ccl", "with their labels")):
+        runs[0].config.name = name
+        (note,) = unseen.told(store, runs[0], probed.numbers, probed.parts)
+        assert note == f"run0 saw 12 of 12 tested videos in pre-training, {said}"
+
+
 def test_what_is_kept_is_not_computed_again(tmp_path, monkeypatch):
     """`bench svm` and `bench linear` with a work folder: the same table, features and what was learned on them from
     the folder; what another schedule or other parts would learn is learned."""
