@@ -7,7 +7,7 @@ that has seen videos of every part, and one of another store, of which nobody ca
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,20 +67,21 @@ def plan(
         parts, said = parts_of(store, run, probed)
         asked.append(parts)
         notes += said
-    kept: tuple[Part, ...] | None = None
+    rows: dict[str, tuple[Part, ...]] = {}
     for name in dict.fromkeys(names):
         mine = [p.name for parts, n in zip(asked, names, strict=True) if n == name for p in parts]
         times = {p.name: mine.count(p.name) for p in probed.parts if p.name in mine}
-        whole = tuple(p for p in probed.parts if p.name in times)
-        if len(set(times.values())) > 1 or (kept is not None and [p.name for p in whole] != [p.name for p in kept]):
+        if len(set(times.values())) > 1:
             raise UsageError(
                 f"the runs of {name} do not make whole answers",
                 "each is asked the parts that it has not seen in pre-training: "
                 + ", ".join(f"{part} of {n} runs" for part, n in times.items()),
                 "name the runs of all folds for each seed (and for each method)",
             )
-        kept = whole
-    assert kept is not None
+        rows[name] = tuple(p for p in probed.parts if p.name in times)
+    kept = next(iter(rows.values()))
+    if any(parts != kept for parts in rows.values()):
+        raise _differing(store, rows)
     if any(len(parts) < len(probed.parts) for parts in asked):
         notes.append("each run is asked the parts alone whose test videos it has not seen in pre-training, its stages "
                      "and teachers included")  # fmt: skip
@@ -88,6 +89,25 @@ def plan(
     if left:
         notes.append(f"left out, as every run has seen videos of it: {', '.join(left)}")
     return Probed(probed.numbers, probed.labels, probed.classes, kept, probed.description), asked, notes
+
+
+def _differing(store: Store, rows: Mapping[str, Sequence[Part]]) -> UsageError:
+    """Rows that are asked different parts cannot be compared: which, and what all could be asked."""
+    first, *others = rows.values()
+    common = [p.name for p in first if all(p in parts for parts in others)]
+    columns = [name.partition(",")[0] for name in common]  # `split1, its validation part`
+    advice = "name the runs of all folds for each seed (and for each method)"
+    if common and all(c in store.columns for c in columns):
+        asked = " ".join(f"--split {c}" for c in columns)
+        advice = f"{asked}, which all have not seen, or name runs of the other parts"
+    elif common:
+        advice += f"; all have not seen {', '.join(common)}"
+    return UsageError(
+        f"{', '.join(rows)} are asked different parts",
+        "each is asked the parts that it has not seen in pre-training: "
+        + "; ".join(f"{name} {', '.join(p.name for p in parts)}" for name, parts in rows.items()),
+        advice,
+    )
 
 
 def whole(answers: Sequence[Sequence[Outcome]], probed: Probed) -> list[list[Outcome]]:

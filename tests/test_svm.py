@@ -4,6 +4,7 @@ real sounds and faces without any learning."""
 from __future__ import annotations
 
 import csv
+import dataclasses
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -243,8 +244,24 @@ def test_a_run_that_saw_all_parts_is_told_and_half_answers_are_refused():
     assert [p.name for p in plan.parts] == ["fold 0", "fold 1"] and "left out" in notes[-1] and "fold 2" in notes[-1]
     with pytest.raises(UsageError, match="whole answers"):
         unseen.plan(store, runs, ["m"] * 3, probed)
-    with pytest.raises(UsageError, match="whole answers"):
+    with pytest.raises(UsageError, match="m, other are asked different parts") as e:
         unseen.plan(store, runs[:2], ["m", "other"], probed)
+    assert "m fold 0; other fold 1" in e.value.why and e.value.next.startswith("name the runs of all folds")
+
+
+def test_runs_that_are_asked_different_splits_are_told_what_is_common():
+    """One run has not seen split1, the other none of three: both can be asked split1, whichever is named first."""
+    _, runs, folds = runs_of_folds(2, {0: (0,), 1: (0, 1, 2)})
+    parts = tuple(dataclasses.replace(p, name=f"split{i + 1}") for i, p in enumerate(folds.parts))
+    probed = dataclasses.replace(folds, parts=parts)
+    store = SimpleNamespace(columns=["label", "split1", "split2", "split3"])
+    for order in ((0, 1), (1, 0)):
+        with pytest.raises(UsageError, match="are asked different parts") as e:
+            unseen.plan(store, [runs[i] for i in order], [f"run{i}" for i in order], probed)
+        assert "run0 split1" in e.value.why and "run1 split1, split2, split3" in e.value.why
+        assert e.value.next == "--split split1, which all have not seen, or name runs of the other parts"
+    one = dataclasses.replace(probed, parts=parts[:1])
+    assert unseen.plan(store, runs, ["run0", "run1"], one)[0].parts == parts[:1]
 
 
 def test_whether_a_run_saw_labels_is_said():
