@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from avstore import draws
 from avstore.durable import canonical_json
 from avstore.errors import AvstoreError, ConflictError, UsageError
+from avstore.identity import identity
 from avstore.sampler import Order, SequentialOrder
 from avstore.views import UniformView
 from trainers.data import Normaliser, open_loader
@@ -67,12 +68,9 @@ def key_of(method: nn.Module, run: Run, store: Store, numbers: np.ndarray, **mad
     """What decides the features of these videos, for `kept.py`; `made`: how they are made."""
     from benchmarks.finetune import weights_digest
 
-    h = hashlib.sha256(canonical_json(run.snapshot.statistics))
-    h.update(np.ascontiguousarray(numbers, "<i8").tobytes())
-    for number in np.asarray(numbers, np.int64).tolist():
-        h.update(f"{store.key(number)}\n".encode())
-    return {"weights": weights_digest(method), "config": run.config.digest, "spec": store.fingerprint,
-            "videos": h.hexdigest()[:16], **made}  # fmt: skip
+    statistics = hashlib.sha256(canonical_json(run.snapshot.statistics)).hexdigest()[:16]
+    return {"weights": weights_digest(method), "config": run.config.digest, "statistics": statistics,
+            "media": identity(store, numbers), **made}  # fmt: skip
 
 
 def trunk(method: nn.Module, modality: Literal["v", "a"]) -> Encoder:

@@ -27,6 +27,7 @@ from torch import nn
 
 from avstore.durable import canonical_json, machine_errors, read_json, write_atomic
 from avstore.errors import ConflictError, CorruptError, UsageError, did_you_mean
+from avstore.identity import identity
 from benchmarks import blocks, paired, probing, unseen
 from benchmarks.curve import place_of
 from benchmarks.head import Head, write_head
@@ -197,10 +198,10 @@ def configuration(
             "videos": h.hexdigest()[:16], "rates": dict(rates or {}), **recipe.to_json()}  # fmt: skip
 
 
-def told(run: Run, method: nn.Module) -> str:
+def told(run: Run, method: nn.Module, media: str) -> str:
     """12 hex digits of all that a run decides of a fine-tuning: weights, configuration (clip, crop, colours, front-end)
-    and the statistics of its bins."""
-    value = [weights_digest(method), run.config.digest, run.snapshot.statistics]
+    and the statistics of its bins; and of which media it is fine-tuned on (`avstore/identity.py`)."""
+    value = [weights_digest(method), run.config.digest, run.snapshot.statistics, media]
     return hashlib.sha256(canonical_json(value)).hexdigest()[:12]
 
 
@@ -246,14 +247,14 @@ def bench(
     config = configuration(store, probed, recipe, label, rates)
     if work is None:
         work = WORK / hashlib.sha256(canonical_json(config)).hexdigest()[:10]
-    folder = Work(work, config)
+    folder, media = Work(work, config), identity(store, probed.numbers)
     found: dict[str, dict[tuple[str, int], list[Tuned]]] = {}
 
     def add(name: str, make: Callable[[int], nn.Module], run: Run, parts: Sequence[Part], is_scratch: bool) -> None:
         for seed in range(seeds):
             for part in parts:
                 method = make(seed)
-                file = f"{'scratch' if is_scratch else run.name}-{told(run, method)}-{_safe(part.name)}-{seed}"
+                file = f"{'scratch' if is_scratch else run.name}-{told(run, method, media)}-{_safe(part.name)}-{seed}"
                 head = folder.path / f"{file}.safetensors" if keep and not is_scratch else None
                 tuned = folder.find(file)
                 if tuned is None or (head is not None and not head.is_file()):

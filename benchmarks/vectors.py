@@ -21,6 +21,7 @@ import numpy as np
 
 from avstore.durable import canonical_json
 from avstore.errors import NotFoundError, UsageError, did_you_mean
+from avstore.identity import identity
 from avstore.index import embedded_runs, normalised, read_rows, seconds_of, video_means
 from benchmarks.kept import Kept
 from benchmarks.raw import BOTH, SIGHT, SOUND, Raw
@@ -155,10 +156,10 @@ class Networks:
 
         _ = self.method
         statistics = canonical_json(self.run.snapshot.statistics or {})
-        videos = np.ascontiguousarray(self.all if modality == "va" else self.numbers[modality], "<i8").tobytes()
+        videos = self.all if modality == "va" else self.numbers[modality]
         return {
-            "what": what, "modality": modality, "weights": self._digest, "store": self.store.fingerprint,
-            "videos": hashlib.sha256(videos).hexdigest()[:16], "clip": repr(needs_of(self.run.config)),
+            "what": what, "modality": modality, "weights": self._digest,
+            "media": identity(self.store, videos), "clip": repr(needs_of(self.run.config)),
             "statistics": hashlib.sha256(statistics).hexdigest()[:16], **more,
         }  # fmt: skip
 

@@ -280,8 +280,8 @@ def test_official_splits_are_parts(trained):
 def test_what_a_run_decides_is_in_the_name_of_a_result(trained):
     _, run = trained
     method = blocks.with_weights(run)
-    name, random = finetune.told(run, method), finetune.told(run, blocks.with_weights(run, "random"))
-    assert name == finetune.told(run, blocks.with_weights(run)) != random
+    name, random = finetune.told(run, method, "a"), finetune.told(run, blocks.with_weights(run, "random"), "a")
+    assert name == finetune.told(run, blocks.with_weights(run), "a") not in (random, finetune.told(run, method, "b"))
 
     class Like:
         config, snapshot = run.config, run.snapshot
@@ -290,7 +290,7 @@ def test_what_a_run_decides_is_in_the_name_of_a_result(trained):
     crop.config = run.config.replace(flip=0.5)
     statistics = {**run.snapshot.statistics, "mean": [x + 1 for x in run.snapshot.statistics["mean"]]}
     bins.snapshot = dataclasses.replace(run.snapshot, statistics=statistics)
-    assert len({name, finetune.told(crop, method), finetune.told(bins, method)}) == 3
+    assert len({name, finetune.told(crop, method, "a"), finetune.told(bins, method, "a")}) == 3
 
 
 def test_single_clips_are_scored_apart(trained):
