@@ -55,13 +55,14 @@ def with_weights(run: Run, which: str | int = "latest", seed: int = 0) -> nn.Mod
 
 
 def same_networks(run: Run, modality: Literal["a", "v", "av"]) -> str:
-    """What decides the random networks of a run and the clip that they are shown: runs that agree in it share them."""
-    names = ["width", "small", "pool", "seconds", "fps"]
-    if "a" in modality:
-        names += ["audio_net", "audio_depth", "front_end"]
-    if "v" in modality:
-        names += ["video_net", "video_depth", "frames", "size"]
-    return str(sorted((k, str(v)) for k, v in run.config.values().items() if k in names))
+    """What decides the random networks of a run and the clip that they are shown: runs that agree in it share them.
+    ConflictError where a modality has none."""
+    method = with_weights(run, "random")
+    nets = [str(trunk(method, m)) for m in ("a", "v") if m in modality]  # type: ignore[arg-type]
+    needs = needs_of(run.config)
+    clip = [needs.seconds, needs.front_end] if "a" in modality else []
+    clip += [needs.frames, needs.fps, needs.size] if "v" in modality else []
+    return hashlib.sha256(canonical_json([nets, clip])).hexdigest()[:16]
 
 
 def key_of(method: nn.Module, run: Run, store: Store, numbers: np.ndarray, **made: Any) -> dict[str, Any]:

@@ -38,6 +38,7 @@ from benchmarks.tuning import Classifier, Tuned, needs_for, tune
 
 if TYPE_CHECKING:
     from avstore.store import Store
+    from trainers.needs import Needs
     from trainers.run import Run
 
 WORK = Path("bench-finetune")
@@ -205,6 +206,19 @@ def told(run: Run, method: nn.Module, media: str) -> str:
     return hashlib.sha256(canonical_json(value)).hexdigest()[:12]
 
 
+def from_scratch(store: Store, runs: Sequence[Run], names: Sequence[str], recipe: Recipe) -> dict[str, Run]:
+    """The rows from scratch: one for each different network and clip that it is shown, with the first run of them.
+    names: the row of each run."""
+    found: dict[tuple[str, Needs], Run] = {}
+    rows: dict[str, Run] = {}
+    for run, name in zip(runs, names, strict=True):
+        shape = weights_digest(blocks.with_weights(run, "random", 0)), needs_for(run, store, recipe)
+        if shape not in found:
+            found[shape] = run
+            rows["from scratch" if not rows else f"from scratch, networks of {name}"] = run
+    return rows
+
+
 def bench(
     store: Store,
     runs: Sequence[Run],
@@ -223,7 +237,7 @@ def bench(
     **choice: Any,
 ) -> Table:
     """The table of `bench finetune`: a row for each method (several checkpoints: for each of those, with its `step` and
-    `epoch`, for `curve.draw`), from scratch for each different network, the commonest class.
+    `epoch`, for `curve.draw`), from scratch for each different network and clip, the commonest class.
 
     rates: of parts by name, in place of the recipe's (CrissCross' files have one for each). seeds: fine-tunings of
     each part with seeds 0 ... seeds - 1. keep: the fine-tuned networks of runs stay in the work folder
@@ -287,13 +301,8 @@ def bench(
                 name += f" step {step}"
                 places[name] = {"step": step, "epoch": epoch, "of run": called}
             add(name, lambda seed, run=run, which=which: blocks.with_weights(run, which), run, parts, False)  # type: ignore[misc]
-    shapes: dict[str, str] = {}
-    for run in runs if scratch else ():
-        shape = weights_digest(blocks.with_weights(run, "random", 0))
-        if shape in shapes:
-            continue
-        shapes[shape] = run.config.name
-        add("from scratch" if len(shapes) == 1 else f"from scratch, networks of {run.config.name}",
+    for called, run in from_scratch(store, runs, names, recipe).items() if scratch else ():
+        add(called,
             lambda seed, run=run: blocks.with_weights(run, "random", seed), run, probed.parts, True)  # type: ignore[misc]  # fmt: skip
     rows = []
     for name, results in found.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -63,3 +64,26 @@ def test_what_is_kept_of_one_store_does_not_serve_another(tmp_path, monkeypatch)
         finetune.bench(store, [run], recipe=recipe, scratch=False, work=tmp_path / "work")
         assert len(made) == count
     assert made == [a, b]
+
+
+def run_of(name: str, *sets: str) -> Any:
+    from trainers.config import resolve
+
+    return SimpleNamespace(config=resolve(name, preset="tiny", sets=list(sets)), snapshot=None, path=name)
+
+
+def test_networks_that_hear_other_sound_have_controls_of_their_own(tmp_path):
+    """AVCL whole, 1.2s and raw: equal weights at random, three inputs of sound, one of pictures."""
+    runs = [run_of("avcl", f"audio={x}") for x in ("whole", "1.2s", "raw")]
+    whole = finetune.weights_digest(blocks.with_weights(runs[0], "random"))
+    assert all(finetune.weights_digest(blocks.with_weights(r, "random")) == whole for r in runs)
+    assert len({blocks.same_networks(r, "a") for r in runs}) == len({blocks.same_networks(r, "av") for r in runs}) == 3
+    assert len({blocks.same_networks(r, "v") for r in runs}) == 1
+    assert blocks.same_networks(run_of("avcl", "learning_rate=0.1"), "av") == blocks.same_networks(runs[0], "av")
+    store = store_in(tmp_path, codec="jpeg")
+    names = ["whole", "short", "raw"]
+    for modality, rows in (("a", 3), ("av", 3), ("v", 1)):
+        frames = {} if modality == "a" else {"frames": 4, "fps": 8}
+        found = finetune.from_scratch(store, runs, names, make_recipe("ucf", modality, **frames))
+        asked = ["from scratch", "from scratch, networks of short", "from scratch, networks of raw"][:rows]
+        assert list(found.items()) == list(zip(asked, runs[:rows], strict=True))
