@@ -44,6 +44,7 @@ LIMIT = 0.05  # of the loop above forward and backward, at `small`
 FORMS = {"fp32": ("fp32", False), "fp32, channels last": ("fp32", True), "bf16": ("bf16", False),
          "bf16, channels last": ("bf16", True)}  # fmt: skip
 DIM, POSITIVES = 128, 32  # AVID's embedding, CMA's positives
+MANY, OF_MANY = 300_000, ("random", "correlated")  # above so many videos a bank takes minutes: two kinds, unless named
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Sizes:
     rounds: int = 3
     steps: int = 1  # of each kind in a round
     banks: tuple[int, ...] = (10_000, 100_000, 1_000_000)
-    mining: tuple[int, ...] = (10_000, 100_000)
+    mining: tuple[int, ...] = (10_000, 100_000, 1_000_000)
     queries: int = 512  # below 500, faiss leaves BLAS
 
 
@@ -73,8 +74,9 @@ def run(
 ) -> list[Table]:
     """The tables of PARTS (or of `only` these), in their order; those of ON_REQUEST only by name.
 
-    method, preset, sets: what is trained, as `avstore train`. kinds: of BANKS, for mining; default all. bank: a run
-    (folder or name) whose trained bank is mined too. threads: of torch; 0: as it chooses.
+    method, preset, sets: what is trained, as `avstore train`. kinds: of BANKS, for mining; default all, from
+    MANY videos those of OF_MANY. bank: a run (folder or name) whose trained bank is mined too. threads: of torch; 0: as it
+    chooses.
     UsageError for unknown names and sizes below 1; NotFoundError where `bank` is no run with a checkpoint.
     """
     sizes = sizes or Sizes()
@@ -90,7 +92,7 @@ def run(
     config = resolve(method, preset=preset, sets=[*sets, "compile=off"])
     where = choose_device(device)
     with thread_count(threads):
-        asked = _Asked(config, sizes, where, tuple(kinds) or tuple(BANKS), bank, told)
+        asked = _Asked(config, sizes, where, tuple(kinds), bank, told)
         return [PARTS[name](asked) for name in PARTS if (name in only if only else name not in ON_REQUEST)]
 
 
@@ -352,7 +354,7 @@ BANKS: dict[str, Callable[[int, torch.Generator], Tensor]] = {
 def mining(asked: _Asked) -> Table:
     """CMA's positives on banks of several kinds and sizes, by both engines, and on the bank of a run."""
     sizes, table = asked.sizes, []
-    cells = [(n, kind) for n in sizes.mining for kind in asked.kinds]
+    cells = [(n, kind) for n in sizes.mining for kind in asked.kinds or (BANKS if n < MANY else OF_MANY)]
     for k, (n, kind) in enumerate(cells):
         asked.told("mining", k, len(cells) + 1)
         bank = F.normalize(BANKS[kind](n, torch.Generator().manual_seed(n)), dim=-1).to(asked.device)

@@ -20,10 +20,11 @@ def step(
     ] = None,
     rounds: Annotated[int, typer.Option(help="In each, everything that is compared runs once.")] = 3,
     mine: Annotated[
-        list[int] | None, typer.Option(metavar="N", help="Videos of the banks mined; repeatable. Default: 1e4, 1e5.")
+        list[int] | None, typer.Option(metavar="N", help="Videos of the banks mined; repeatable. Default: 1e4 to 1e6.")
     ] = None,
     kind: Annotated[
-        list[str] | None, typer.Option(help="Kind of bank mined (random, correlated, ...); repeatable. Default: all.")
+        list[str] | None,
+        typer.Option(help="Kind of bank mined; repeatable. Default: all, at 1e6 random and correlated."),
     ] = None,
     run: Annotated[str | None, typer.Option(help="A run whose trained bank is mined too.")] = None,
     threads: Annotated[int, typer.Option(help="Of torch on a CPU; 0: as it chooses.")] = 0,

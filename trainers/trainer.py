@@ -180,7 +180,8 @@ class Trainer:
                 (loss / loop.accumulate).backward()
             losses.append(loss.detach())
             values |= metrics
-            values["shrunk"] = values.get("shrunk", 0.0) + fed.shrunk / loop.accumulate
+            for name in ("shrunk", "looped", "padded"):  # clips that are not what was asked for, each in its way
+                values[name] = values.get(name, 0.0) + getattr(fed, name) / loop.accumulate
             clips += fed.clips
             meter.compute += time.perf_counter() - start
             meter.prepare += look_ahead(feed)  # while the device computes what was just launched
