@@ -75,8 +75,8 @@ def run(
     """The tables of PARTS (or of `only` these), in their order; those of ON_REQUEST only by name.
 
     method, preset, sets: what is trained, as `avstore train`. kinds: of BANKS, for mining; default all, from
-    MANY videos those of OF_MANY. bank: a run (folder or name) whose trained bank is mined too. threads: of torch; 0: as it
-    chooses.
+    MANY videos those of OF_MANY. bank: a run (folder or name) whose trained bank is mined too. threads: of torch; 0: as
+    it chooses.
     UsageError for unknown names and sizes below 1; NotFoundError where `bank` is no run with a checkpoint.
     """
     sizes = sizes or Sizes()
