@@ -4,8 +4,8 @@
 
 Two stores of one spec have one fingerprint, and may have the same numbers and keys for other media. Here go in: what
 plan and record say of each video (key, segment, size of the file, lengths), and the stored bytes of one second of sound
-and one picture of a sample of them, for files of equal length and size, as uncompressed sound is. A check of 240,000
-videos takes about a second. It is no checksum of a store: that is `avstore verify`.
+and one picture of a sample of them, for files of equal length and size, as uncompressed sound is. Of 240,000 videos
+it takes a quarter of a second. It is no checksum of a store: that is `avstore verify`.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def identity(store: Store, numbers: np.ndarray) -> str:
     for first in range(0, len(numbers), 1 << 14):
         keys = "\n".join(store.keys[n] for n in numbers[first : first + (1 << 14)].tolist())
         h.update(f"{keys}\n".encode("utf-8", "surrogateescape"))
-    at = np.unique(np.linspace(0, len(numbers) - 1, SAMPLE).astype(np.int64)) if len(numbers) else []
-    for number in numbers[at].tolist():
+    at = np.unique(np.linspace(0, len(numbers) - 1, SAMPLE).astype(np.int64))
+    for number in numbers[at].tolist() if len(numbers) else ():
         h.update(_stored(store, number))
     return h.hexdigest()[:16]
 
