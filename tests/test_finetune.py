@@ -583,22 +583,3 @@ def test_on_the_demo_set_it_beats_chance(tmp_path):
     assert got["avid"] > got["commonest class"] + 0.5  # measured: 0.958, 0.125
     tuned = [json.loads(p.read_text()) for p in (tmp_path / "work").glob("avid-*.json")]
     assert tuned[0]["epochs"][-1]["loss"] < 0.8 * tuned[0]["epochs"][0]["loss"]
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-def test_on_the_demo_set_pre_training_beats_scratch_at_equal_budget(tmp_path):
-    """The whole demo set, the tiny preset's own training of minutes; then one epoch of the classifier and one of
-    everything, against two of everything from random weights: MARGIN."""
-    from avstore.ingest import ingest
-    from benchmarks import demo_set
-    from trainers.config import resolve
-
-    demo_set.generate(tmp_path / "media", workers=2)
-    ingest(tmp_path / "media", tmp_path / "demo.zarr")
-    store = avstore.open(tmp_path / "demo.zarr")
-    run = train("avid", store, resolve("avid", preset="tiny"), tmp_path / "runs" / "avid").run
-    recipe = make_recipe("ucf", "v", fps=8, epochs=1, warm_up=1, draws=1, clips=2, batch=32, rate=1e-3)
-    table = finetune.bench(store, [run], recipe=recipe, work=tmp_path / "work")
-    got = {r["features"]: r["top-1"] for r in table.rows}
-    assert got["avid"] > got["from scratch"] + 0.05 and got["avid"] > got["commonest class"] + 0.2, got
