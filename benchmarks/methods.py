@@ -22,6 +22,7 @@ import numpy as np
 
 from avstore.durable import canonical_json, read_json, write_atomic
 from avstore.errors import ConflictError, UsageError, did_you_mean
+from avstore.identity import identity
 from avstore.index import normalised
 from benchmarks import blocks, probing
 from benchmarks.finetune import weights_digest
@@ -140,7 +141,11 @@ def bench(
     sides = choose_sides(store, fold_count=fold_count, fold_seed=fold_seed, label=label)
     probed = None if sound is None else probing.choose(sound, modality="a")
     asked = [sides[s % len(sides)] for s in range(seeds)]
-    case = [label, fold_count, fold_seed, store.fingerprint, None if sound is None else sound.fingerprint]
+    media = [identity(store, np.union1d(s.queries, s.gallery)) for s in sides]  # other media is another case
+    case = [
+        label, fold_count, fold_seed, media,
+        None if sound is None or probed is None else identity(sound, probed.numbers),
+    ]  # fmt: skip
     found: dict[str, list[dict[str, Any]]] = {}
     for done, ((method, seed), plan) in enumerate(plans.items()):
         progress(f"{method}, seed {seed}", done, len(plans))

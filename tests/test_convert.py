@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from avstore.errors import ConflictError, CorruptError, NotFoundError, UsageError
 from avstore.store import Store
 from cli.convert import convert
+from trainers.ancestry import seen_by
 from trainers.config import resolve
 from trainers.convert import read_published, write_weights
 from trainers.converted_run import make_run
@@ -239,6 +240,8 @@ def test_avid_s_weights_become_a_run_of_avid(tmp_path: Path, store: Store) -> No
     made, notes = make_run(found, tmp_path / "runs" / "theirs", store, bank=True)
     assert made.config.name == "avid" and made.finished and made.checkpoint().step == 0
     assert any("approximate" in n for n in notes) and any("not by its authors'" in n for n in notes)
+    seen = seen_by(made, store)  # its selection gave statistics; what its weights saw nobody here can tell
+    assert not seen.numbers.size and len(seen.unknown) == 1 and "weights" in seen.unknown[0]
     loaded = made.load()
     x = torch.randn(1, 3, 8, 32, 32)
     with torch.no_grad():

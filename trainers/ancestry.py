@@ -37,10 +37,13 @@ def seen_by(run: Run, store: Store) -> Seen:
     another store."""
     snapshot = run.snapshot
     snapshot.require_fits(store)
+    steps = [c.step for c in run.checkpoints()]
+    # a run of converted weights has been trained by nobody here: its selection gave statistics, no gradient
+    own = np.zeros(0, np.int64) if steps and not any(steps) else snapshot.numbers
     if snapshot.also_saw is not None:
-        return Seen(np.union1d(snapshot.numbers, snapshot.also_saw), snapshot.unknown)
+        return Seen(np.union1d(own, snapshot.also_saw), snapshot.unknown)
     before = _looked_up(run, store)
-    return Seen(np.union1d(snapshot.numbers, before.numbers), before.unknown)
+    return Seen(np.union1d(own, before.numbers), before.unknown)
 
 
 def seen_before(store: Store, runs: Iterable[Run], teachers: Iterable[str] = ()) -> Seen:
