@@ -220,6 +220,9 @@ def runs_of_folds(count: int, unseen_parts: dict[int, tuple[int, ...]]) -> tuple
             self.config = SimpleNamespace(name="avid")
             self.snapshot = Snapshot(None if left is None else 100 + np.flatnonzero(~np.isin(which, left)))
 
+        def checkpoints(self) -> list[SimpleNamespace]:
+            return [SimpleNamespace(step=10)]
+
     return None, [Run(i) for i in range(count)], Probed(100 + np.arange(12), which % 2, ("a", "b"), parts, "")
 
 
