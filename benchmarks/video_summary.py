@@ -13,7 +13,7 @@ by little; at most one border for every two seconds; a segment longer than 5 s o
 equal parts, or nothing could be chosen in a short video and one long block in a calm one; DR-DSN's learning rate and
 epochs are for one video, not for a set of them. The literature, and `bench summarize`, value a segment by its mean
 score, whatever its length: the scores of one video lie so close together that then the shortest segments are chosen,
-whatever they show (measured: docs/results.md, section 11). Here a segment is worth the sum over its frames.
+whatever they show (a test has both). Here a segment is worth the sum over its frames, above the least.
 Writing the summary is `excerpt.py`, drawing it `strips.py`.
 """
 

@@ -70,11 +70,11 @@ def _of_run(run: Run, store: Store) -> Seen:
 
 def _of_teacher(source: str, store: Store) -> Seen:
     from trainers.run import RUNS
-    from trainers.teacher import _checkpoint, kind_of
+    from trainers.teacher import checkpoint_of, kind_of
 
     kind, path = kind_of(source), source.partition("#")[0]
     if kind == "run":
-        return _of_run(_checkpoint(path)[0], store)
+        return _of_run(checkpoint_of(path)[0], store)
     if kind == "weights":
         return _nothing_known(f"the weights {Path(path).name}")
     of, _, _ = path.partition("/embeddings/")

@@ -148,7 +148,7 @@ def digest_of(source: str) -> str:
     path, _, part = source.partition("#")
     kind = kind_of(source)
     if kind == "run":
-        return f"{_checkpoint(path)[1].digest}" + (f"#{part}" if part else "")
+        return f"{checkpoint_of(path)[1].digest}" + (f"#{part}" if part else "")
     if kind == "weights":
         with open(_file(path), "rb") as f:
             return hashlib.file_digest(f, "sha256").hexdigest()[:16] + f"#{part}"
@@ -174,7 +174,8 @@ def _shown(batch: Batch, modality: Modality) -> Tensor:
     return x[:, 0] if batch.views > 1 else x
 
 
-def _checkpoint(path: str) -> tuple[Any, Any]:
+def checkpoint_of(path: str) -> tuple[Any, Any]:
+    """(run, checkpoint) of `RUN` or `RUN@STEP`; the latest where no step is named."""
     from trainers.run import find_run
 
     folder, at, step = path.rpartition("@")
@@ -184,7 +185,7 @@ def _checkpoint(path: str) -> tuple[Any, Any]:
 
 def _of_run(source: str, modality: Modality, snapshot: Snapshot) -> Network:
     path, _, tower = source.partition("#")
-    run, checkpoint = _checkpoint(path)
+    run, checkpoint = checkpoint_of(path)
     method: Any = run.load(checkpoint.step)
     tower = tower or f"{modality}-trunk"
     shift = scale = None
