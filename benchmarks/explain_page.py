@@ -182,7 +182,7 @@ def _classes(
         files.append(folder / f"class-{of_heads[0].video:06d}.png")
         write_atomic(files[-1], data)
         key, named = store.key(of_heads[0].video), _labels(store, np.array([of_heads[0].video]), label)[0]
-        told = "; ".join(s.told for s in of_heads)
+        told = "; ".join(f"{s.told}{_dark(s)}" for s in of_heads)
         caption = f"{key}{f' ({named})' if named else ''}, second {of_heads[0].second}. {told}"
         figures.append(page.picture(uri(data, "image/png"), caption))
     whose = ", ".join(f"{r.name} ({a.part}, seed {a.seed}, {a.recipe.preset})" for _, a, r in tuned)
@@ -321,8 +321,14 @@ def _labels(store: Store, numbers: np.ndarray, label: str) -> list[str | None]:
     return [None if x is None else str(x) for x in store.column(label, numbers)]
 
 
+def _dark(s: Saliency) -> str:
+    """Said of maps that are dark everywhere, or they would look like a fault of the page."""
+    empty = [word for word, x in (("sight", s.sight), ("sound", s.sound)) if x.size and not x.any()]
+    return f" (nothing of {' and '.join(empty)} speaks for it)" if empty else ""
+
+
 def _caption(store: Store, of_runs: Sequence[Saliency], label: str) -> str:
     first = of_runs[0]
     named = _labels(store, np.array([first.video]), label)[0]
-    scores = ", ".join(f"{s.run} {s.cosine:.3f}" for s in of_runs)
+    scores = ", ".join(f"{s.run} {s.cosine:.3f}{_dark(s)}" for s in of_runs)
     return f"{store.key(first.video)}{f' ({named})' if named else ''}, second {first.second}. Cosine: {scores}"

@@ -218,9 +218,8 @@ def table(value: Table) -> str:
     told = [f'<p class="note">{escaped(n)}</p>' for n in value.notes]
     notes = "".join(told[:NOTES])
     if told[NOTES:]:
-        notes += (
-            f'<details><summary class="note">{len(told) - NOTES} more notes</summary>{"".join(told[NOTES:])}</details>'
-        )
+        more = f"{len(told) - NOTES} more note{'s' if len(told) - NOTES > 1 else ''}"
+        notes += f'<details><summary class="note">{more}</summary>{"".join(told[NOTES:])}</details>'
     return (
         f"<h3>{escaped(value.title)}</h3>"
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(out)}</tbody></table></div>{notes}'

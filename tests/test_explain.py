@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 
 from avstore.errors import ConflictError, UsageError
 from benchmarks.explain import Saliency, attend, cam, mapped, overlaid, project, saliency, saliency_picture
+from benchmarks.explain_page import _dark
 from cli.main import invoke
 from tests import tiny_run
 from trainers.encoders import Encoder
@@ -238,3 +240,12 @@ def test_explain_says_what_is_missing(trained: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: None if n == "pyarrow" else real(n, *a))
     assert invoke(["explain", store, "--run", str(trained / "r0"), "-o", str(trained / "x")]) == 1
     assert not (trained / "x").exists()
+
+
+def test_dark_maps_are_told() -> None:
+    """A map without a bright place is said to have none; a sense that a network lacks is not spoken of."""
+    x, none = np.ones((2, 4, 4), np.float32), np.zeros((0,), np.float32)
+    clip = Saliency("avid", 0, 1, 0.5, np.zeros((2, 4, 4, 3), np.uint8), x, x[0], x[0])
+    assert _dark(clip) == "" and _dark(dataclasses.replace(clip, sight=none, sound=none)) == ""
+    assert _dark(dataclasses.replace(clip, sight=0 * x)) == " (nothing of sight speaks for it)"
+    assert "sight and sound" in _dark(dataclasses.replace(clip, sight=0 * x, sound=0 * x[0]))
